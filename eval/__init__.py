@@ -1,0 +1,1 @@
+"""Is it still the model? Perplexity, KL divergence, agreement."""

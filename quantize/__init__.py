@@ -1,0 +1,1 @@
+"""Statistics to codes, codes to a checkpoint."""
