@@ -1,0 +1,36 @@
+"""From what the user typed to a directory: a local path, or a hub name fetched without what we do not need."""
+
+from pathlib import Path
+
+import httpx
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from gptoss_quantize.errors import InputError
+
+# weights, config, tokenizer, licence; not OpenAI's original/ and metal/ copies of the same weights
+ALLOW = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*", "USAGE_POLICY*"]
+IGNORE = ["original/*", "metal/*"]
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """Return the directory of a model: `model` itself if it exists, else a hub snapshot (or its offline cache).
+
+    InputError when it is neither, or when the hub cannot be reached and the cache does not have it.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise InputError(f"{model}: --revision {revision} is for hub models, this is a local directory")
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise InputError(f"{model}: no such directory, and not a hub name of the form owner/name")
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=ALLOW, ignore_patterns=IGNORE))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+        raise InputError(
+            f"{model}: not in the cache ({constants.HF_HUB_CACHE}) and the hub cannot be reached "
+            f"({type(error).__name__}); download it where there is a network, or give a local directory"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{model}: the hub refuses it ({str(error).splitlines()[0]})") from None

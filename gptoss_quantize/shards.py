@@ -1,0 +1,103 @@
+"""One safetensors file, read with pread instead of mmap.
+
+safetensors checks the header once (offsets, gaps, length). The bytes are then read with ordinary reads, for two
+reasons: mapped pages count as resident memory until the file is unmapped, and a file that shrinks while it is
+mapped kills the process with SIGBUS, where a read gives an error that can be explained.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gptoss_quantize.errors import InputError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies in its file: dtype, shape, first byte and number of bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def _fingerprint(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+class ShardFile:
+    """A checked safetensors file: `tensors` maps names to their place, `read` returns a copy."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+            self._stat = _fingerprint(path.stat())
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+        except FileNotFoundError:
+            raise InputError(f"{path}: the index names this file, but it is missing; download it again") from None
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path}: not a whole safetensors file ({error}); it is truncated or damaged, download it again"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error})") from None
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise InputError(f"{path}: {name} has dtype {entry['dtype']}; expected one of {sorted(DTYPES)}")
+            begin, end = entry["data_offsets"]
+            self.tensors[name] = TensorInfo(
+                DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
+            )
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """Return a copy of a tensor, or of its `index`-th slice along the first dimension.
+
+        Raises InputError when the file changed since it was opened or ends early.
+        """
+        info = self.tensors[name]
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if index is not None:
+            nbytes //= shape[0]
+            shape, start = shape[1:], start + index * nbytes
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(data.numpy().data)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _fingerprint(os.fstat(file.fileno())) != self._stat:
+                    raise InputError(
+                        f"{self.path}: the file changed while it was being read (size, time or inode); "
+                        "stop whatever writes it and start again"
+                    )
+                file.seek(start)
+                done = 0
+                while done < nbytes:
+                    count = file.readinto(view[done : done + (1 << 30)])
+                    if not count:
+                        raise InputError(f"{self.path}: ends inside {name}; the file is truncated, download it again")
+                    done += count
+        except OSError as error:
+            raise InputError(f"{self.path}: reading {name} failed ({error})") from None
+        return data.view(info.dtype).reshape(shape)

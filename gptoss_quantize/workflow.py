@@ -1,0 +1,215 @@
+"""What the commands do, without the command line: open, run, measure. Also the public Python interface.
+
+Every function takes plain values and a rich progress bar, and raises InputError for what it refuses.
+"""
+
+import gzip
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from gptoss_quantize.adapter import Adapter
+from gptoss_quantize.calibration.sources import default_calibration_path
+from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.demo_model import build_demo_model
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.eval.divergence import evaluate
+from gptoss_quantize.hub import resolve
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.loading import load
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import Job, compute_dtype, quantize_checkpoint
+
+DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DEMO_PROMPT = "What is the capital of France, and what is it known for?"
+
+
+def open_checkpoint(model: str, adapter: Path | None = None, revision: str | None = None) -> Checkpoint:
+    """Return a checked checkpoint for a directory or hub name, with an optional LoRA adapter."""
+    return Checkpoint(resolve(model, revision), None if adapter is None else Adapter.open(adapter))
+
+
+def quantize_model(
+    model: str,
+    text: TextSpec,
+    job: Job,
+    *,
+    adapter: Path | None = None,
+    revision: str | None = None,
+    bar: Progress,
+) -> dict[str, Any]:
+    """Quantize a model into `job.dest` and return the report that is also written there."""
+    source = open_checkpoint(model, adapter, revision)
+    tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
+    task = bar.add_task(f"{job.method} group {job.group_size}: layer", total=source.config.layers)
+    return quantize_checkpoint(source, job, tokens, lambda index: bar.update(task, completed=index + 1))
+
+
+def evaluate_models(
+    baseline: str,
+    candidates: dict[str, Path],
+    *,
+    text: TextSpec,
+    adapter: Path | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    bar: Progress,
+) -> dict[str, Any]:
+    """Return {"text", "dtype", "seconds", "results": {name: summary}}, all candidates on the baseline's tokens."""
+    base = open_checkpoint(baseline, adapter, revision)
+    opened = {name: Checkpoint(path) for name, path in candidates.items()}
+    tokenizer = load_tokenizer(base.path)
+    tokens = load_tokens(text, tokenizer)
+    for name, candidate in opened.items():
+        if load_tokenizer(candidate.path).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"{name}: its tokenizer differs from the baseline's; the same text is not the same tokens"
+            )
+    started = time.perf_counter()
+    task = bar.add_task("evaluate: layer", total=base.config.layers * (1 + len(opened)))
+    resolved = DTYPES[dtype] or compute_dtype("cpu")
+    results = evaluate(base, list(opened.values()), tokens.ids, resolved, lambda: bar.advance(task))
+    return {
+        "text": tokens.record(),
+        "dtype": str(resolved).removeprefix("torch."),
+        "seconds": round(time.perf_counter() - started, 1),
+        "results": dict(zip(opened, results, strict=True)),
+    }
+
+
+def make_demo_model(
+    dest: Path,
+    *,
+    experts: int,
+    experts_per_token: int,
+    seed: int,
+    wheel: Path | None,
+    mxfp4: bool = False,
+    bar: Progress,
+) -> dict[str, Any]:
+    """Write the demo model and return facts about it."""
+    task = bar.add_task("demo model: layer", total=None)
+    return build_demo_model(
+        dest,
+        sample_text=sample_text(),
+        experts=experts,
+        experts_per_token=experts_per_token,
+        seed=seed,
+        wheel=wheel,
+        mxfp4=mxfp4,
+        progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+
+
+def sample_text() -> str:
+    """Return the packaged calibration text as one string."""
+    with gzip.open(default_calibration_path(), "rt", encoding="utf-8") as file:
+        return "\n\n".join(json.loads(line)["text"] for line in file)
+
+
+def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, dtype: str) -> str:
+    """Return the greedy continuation of a prompt; int4 checkpoints of ours are loaded packed."""
+    tokenizer = load_tokenizer(model)
+    kind = Checkpoint(model).expert_format
+    resolved = DTYPES[dtype] or compute_dtype("cpu")
+    network = (
+        load(model, dtype=resolved) if kind == "int4" else AutoModelForCausalLM.from_pretrained(model, dtype=resolved)
+    )
+    if raw:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    with torch.inference_mode():
+        out = network.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def run_demo(
+    out: Path,
+    *,
+    methods: list[str],
+    tokens: int,
+    eval_tokens: int,
+    experts: int,
+    wheel: Path | None,
+    progress: Callable[[], AbstractContextManager[Progress]],
+    console: Console,
+) -> dict[str, Any]:
+    """Make the demo model, quantize it by every method, evaluate all against it; print and store one table."""
+    started = time.perf_counter()
+    model, results_path = out / "model", out / "demo.json"
+    if out.exists():
+        if not (model.is_dir() or not any(out.iterdir())):
+            raise InputError(f"{out}: holds something else than a demo; choose another directory")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    reports: dict[str, dict[str, Any]] = {}
+    with progress() as bar:
+        facts = make_demo_model(model, experts=experts, experts_per_token=2, seed=0, wheel=wheel, bar=bar)
+        for method in methods:
+            job = Job(dest=out / f"int4-{method}", method=method, recipe=RECIPES[method])
+            reports[method] = quantize_model(str(model), TextSpec(tokens=tokens, seq_len=512), job, bar=bar)
+        record = evaluate_models(
+            str(model),
+            {method: out / f"int4-{method}" for method in methods},
+            text=TextSpec(source="heldout", tokens=eval_tokens, seq_len=512, shuffle=False),
+            bar=bar,
+        )
+    best = min(methods, key=lambda name: record["results"][name]["kl_mean"])
+    answers = {
+        name: generate_text(path, DEMO_PROMPT, max_new_tokens=48, raw=False, dtype="auto")
+        for name, path in (("unquantized", model), (best, out / f"int4-{best}"))
+    }
+    seconds = time.perf_counter() - started
+    console.print(demo_table(model, reports, record["results"]))
+    for name, answer in answers.items():
+        console.print(f"[bold]{name}:[/bold] {answer}", highlight=False)
+    console.print(f"{seconds:.0f} s in all; numbers in {results_path}")
+    record |= {"demo_model": facts, "reports": reports, "answers": answers, "total_seconds": round(seconds, 1)}
+    results_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def demo_table(model: Path, reports: dict[str, dict[str, Any]], results: dict[str, dict[str, Any]]) -> Table:
+    """Return the comparison table of a demo."""
+    table = Table(title="int4 experts, group 64, against the unquantized model")
+    for name in ("method", "bits", "perplexity", "KL mean", "KL p99", "top-1", "MiB", "seconds", "peak MiB"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    first = next(iter(results.values()))
+    size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
+    table.add_row(
+        "unquantized", "16", f"{first['baseline_perplexity']:.2f}", "0", "0", "100 %", f"{size:.0f}", "", ""
+    )
+    for name, result in results.items():
+        report = reports[name]
+        table.add_row(
+            name,
+            f"{int4.bits_per_weight(64, 64):.2f}",
+            f"{result['perplexity']:.2f}",
+            f"{result['kl_mean']:.4f}",
+            f"{result['kl_p99']:.3f}",
+            f"{100 * result['top1_agreement']:.1f} %",
+            f"{report['bytes'] / 2**20:.0f}",
+            f"{report['seconds']:.0f}",
+            f"{report['peak_rss_mib']}",
+        )
+    return table

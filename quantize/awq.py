@@ -1,0 +1,162 @@
+"""AWQ for gpt-oss: which scales to fold, and how to fold them exactly (arXiv 2306.00978; algorithms.md section 4).
+
+gate_up: one vector s [D] per layer. The norm weight is divided by it, the columns of every expert's gate_up *and
+of the router* are multiplied by it. The norm weight is rounded to its stored dtype first and s is taken from the
+rounded value, so the experts see no rounding of the fold; the router alone rounds once.
+
+up -> down: one vector t >= 1 [F] per expert. (up + 1) / t = up/t + ((b + 1)/t - 1) + 1, so W_up / t,
+W_down * t and b' = (b + 1)/t - 1 give the same function while no clamp binds. b' is rounded first and
+t = (b + 1)/(b' + 1) follows from it. Neurons whose up clamp binds on calibration tokens keep t = 1.
+
+Shapes: D hidden, F intermediate, T sample tokens, A candidates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from gptoss_quantize.checkpoint import Expert
+from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels.experts import gated
+from gptoss_quantize.model import expert_act
+from gptoss_quantize.quantize.scales import signed_scale
+
+ALPHAS = tuple(i / 10 for i in range(11))
+BETAS = (0.0, 0.2, 0.35, 0.5, 0.7)
+MAX_FOLD = 16.0
+
+
+@dataclass(slots=True)
+class InputFold:
+    """The gate_up fold of one layer; `scale` is all ones when it did not help."""
+
+    scale: torch.Tensor  # [D], what the experts' columns are multiplied by
+    norm: torch.Tensor  # [D], new post_attention_layernorm.weight in its stored dtype
+    router: torch.Tensor  # [E, D], new router weight in its stored dtype
+    alpha: float
+    gain: float  # sampled block output error with the fold over that without
+
+
+@dataclass(slots=True)
+class Sample:
+    """Calibration tokens routed to one expert, with their weight in the block output error."""
+
+    x: torch.Tensor  # [T, D], original input
+    weight: torch.Tensor  # [T], squared router probability, scaled up to all tokens of the expert
+
+
+def fold_input(
+    scale_D: torch.Tensor, norm_D: torch.Tensor, router_ED: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (exact scale for the experts, new norm weight, new router weight), the latter two in stored dtype."""
+    norm = (norm_D.float() / scale_D).to(norm_D.dtype)
+    exact = torch.where(norm == 0, 1.0, norm_D.float() / norm.float())
+    norm = torch.where(norm == 0, norm_D, norm)
+    return exact, norm, (router_ED.float() * exact).to(router_ED.dtype)
+
+
+def fold_down(expert: Expert, wanted_F: torch.Tensor) -> tuple[Expert, torch.Tensor]:
+    """Return (folded expert, exact t [F]): up rows / t, down columns * t, shifted and rounded up bias."""
+    bias = expert.gate_up_bias[1::2].float()
+    shifted = ((bias + 1) / wanted_F - 1).to(torch.bfloat16).float()
+    # where b is exactly -1 the shifted bias is -1 for any t
+    exact = torch.where(bias == -1, wanted_F, (bias + 1) / (shifted + 1))
+    usable = torch.isfinite(exact) & (exact >= 1) & (exact <= 2 * MAX_FOLD)
+    exact = torch.where(usable, exact, 1.0)
+    gate_up, gate_up_bias = expert.gate_up.clone(), expert.gate_up_bias.clone()
+    gate_up[1::2] /= exact[:, None].to(gate_up.dtype)
+    gate_up_bias[1::2] = torch.where(exact == 1, bias, shifted).to(gate_up_bias.dtype)
+    return Expert(gate_up, gate_up_bias, expert.down * exact.to(expert.down.dtype), expert.down_bias), exact
+
+
+def _nearest(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return the weights after plain signed rounding: the cheap stand-in used while searching."""
+    scale = signed_scale(weight_NK, group_size)
+    grouped = weight_NK.unflatten(-1, (-1, group_size))
+    step = scale.unsqueeze(-1)
+    return (grouped / step).round_().clamp_(int4.CODE_MIN, int4.CODE_MAX).mul_(step).flatten(-2)
+
+
+def input_candidates(magnitude_D: torch.Tensor, alphas: tuple[float, ...] = ALPHAS) -> torch.Tensor:
+    """Return candidate scales [A, D]: mean |x| to the power alpha, centred so that sqrt(max * min) is 1."""
+    safe = magnitude_D.clamp(min=1e-4 * float(magnitude_D.max()) + 1e-12)
+    powers = torch.stack([safe**alpha for alpha in alphas])
+    return powers / (powers.amax(1) * powers.amin(1)).sqrt()[:, None]
+
+
+def search_input(
+    samples: list[Sample],
+    experts: Iterator[Expert],
+    magnitude_D: torch.Tensor,
+    dense: dict[str, torch.Tensor],
+    config: ModelConfig,
+    group_size: int,
+) -> InputFold:
+    """Return the layer's gate_up fold with the least routed, probability-weighted output error on the samples.
+
+    Only gate_up is rounded while searching; its error is measured after down_proj, in the dtype of the samples.
+    alpha = 0 is no fold; when nothing beats it the layer stays as it is, with gain 1.
+    """
+    norm, router = dense["post_attention_layernorm.weight"], dense["mlp.router.weight"]
+    folds = [fold_input(s, norm, router) for s in input_candidates(magnitude_D)]
+    loss_A = torch.zeros(len(ALPHAS), dtype=torch.float64)
+    for sample, expert in zip(samples, experts, strict=True):
+        if not sample.x.shape[0]:
+            continue
+        dtype = sample.x.dtype
+        down = expert.down.to(dtype)
+        wanted = functional.linear(_act(sample.x, expert.gate_up.to(dtype), expert, config), down)
+        for a, (scale, _, _) in enumerate(folds):
+            rounded = _nearest(expert.gate_up * scale, group_size) / scale
+            got = functional.linear(_act(sample.x, rounded.to(dtype), expert, config), down)
+            loss_A[a] += float(((got - wanted).float().square().sum(1) * sample.weight).sum())
+    best = int(loss_A.argmin())
+    gain = float(loss_A[best] / loss_A[0]) if float(loss_A[0]) > 0 else 1.0
+    if best == 0 or gain >= 1:
+        return InputFold(torch.ones_like(magnitude_D), norm, router, 0.0, 1.0)
+    scale, new_norm, new_router = folds[best]
+    return InputFold(scale, new_norm, new_router, ALPHAS[best], gain)
+
+
+def _act(x_TD: torch.Tensor, gate_up_RD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:
+    bias = expert.gate_up_bias.to(x_TD.dtype)
+    return gated(x_TD, gate_up_RD, bias, config.swiglu_limit, config.swiglu_alpha)
+
+
+def search_down(
+    sample: Sample, expert: Expert, config: ModelConfig, group_size: int, clamped_F: torch.Tensor
+) -> tuple[Expert, torch.Tensor, float, float]:
+    """Return (folded expert, t [F], beta, gain) with the least down_proj output error on the samples.
+
+    `clamped` marks neurons whose up clamp binds on some calibration token; they and an expert without tokens
+    keep t = 1. gain 1 means that nothing helped and the expert is unchanged.
+    """
+    ones = torch.ones(config.intermediate, device=expert.down.device)
+    if not sample.x.shape[0]:
+        return expert, ones, 0.0, 1.0
+    dtype = sample.x.dtype
+    cast = Expert(
+        expert.gate_up.to(dtype), expert.gate_up_bias.to(dtype), expert.down.to(dtype), expert.down_bias.to(dtype)
+    )
+    act = expert_act(sample.x, cast, config)
+    wanted = functional.linear(act, cast.down).float()
+    magnitude = (act.float().abs() * sample.weight[:, None]).sum(0)
+    magnitude = magnitude.clamp(min=1e-6 * float(magnitude.max()) + 1e-12)
+    losses, tries = [], []
+    for beta in BETAS:
+        t = (magnitude**beta).unflatten(0, (-1, group_size))
+        t = (t / t.amin(1, keepdim=True)).flatten().clamp(1.0, MAX_FOLD)
+        t = torch.where(clamped_F, 1.0, t)
+        folded, exact = fold_down(expert, t)
+        rounded = _nearest(folded.down, group_size) / exact
+        error = (functional.linear(act, rounded.to(dtype)).float() - wanted).square().sum(1)
+        losses.append(float((error * sample.weight).sum()))
+        tries.append((folded, exact))
+    best = min(range(len(BETAS)), key=losses.__getitem__)
+    gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
+    if best == 0 or gain >= 1:
+        return expert, ones, 0.0, 1.0
+    return *tries[best], BETAS[best], gain

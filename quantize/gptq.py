@@ -1,0 +1,204 @@
+"""GPTQ for a batch of experts at once, and the coordinate descent that follows it.
+
+Both walk over columns: the value of column k is its target minus what the errors of earlier columns say,
+    value_k = state_k - sum over earlier j of  coupling[j, k] * delta_j
+GPTQ (arXiv 2210.17323, E7): coupling = U[j, k] / U[j, j] with H^-1 = U^T U, delta = value - quantized value.
+Coordinate descent (E8, E9): state = H (W* - Q), coupling = H, delta = change of the quantized value.
+`_walk` does this once for both, as a recursive blocked triangular solve: nearly all work is matrix products, and
+the result does not depend on the blocking but for rounding.
+
+Layout: columns come second, [E, K, N] (experts, columns, rows), so that a column is contiguous memory.
+The objective is  sum over rows of  (w* - q) H (w* - q)^T.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
+
+LEAF = 32
+
+
+def damp(
+    hessian_EKK: torch.Tensor, tokens_E: torch.Tensor, damping: float, starved: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (H + lambda I, lambda [E]) with lambda = (damping + starved * K / effective tokens) * mean diag H (E5).
+
+    An expert without tokens has no Hessian; it gets the identity, and the caller reports it. `hessian` may also be
+    just the diagonals [E, K].
+    """
+    columns = hessian_EKK.shape[-1]
+    damped = hessian_EKK.clone()
+    diagonal_EK = damped if damped.dim() == 2 else damped.diagonal(dim1=-2, dim2=-1)
+    mean_E = diagonal_EK.mean(-1)
+    lambda_E = (damping + starved * columns / tokens_E.clamp(min=1.0).to(mean_E)) * mean_E
+    lambda_E = torch.where(mean_E > 0, lambda_E, 1.0)
+    diagonal_EK += lambda_E[:, None]
+    return damped, lambda_E
+
+
+def factor(hessian_KK: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return (lower Cholesky factor, retries), factored in float64 and given in the Hessian's dtype.
+
+    A Hessian that will not factor gets ten times more damping until it does; the report names such experts.
+    """
+    matrix = hessian_KK.double()
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    extra, retries = 1e-3 * float(matrix.diagonal().mean().abs()) + 1e-30, 0
+    while int(info):
+        matrix.diagonal().add_(extra)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        extra, retries = extra * 10, retries + 1
+    return lower.to(hessian_KK.dtype), retries
+
+
+def inverse_factor(hessian_EKK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (coupling U[j, k] / U[j, j] with H^-1 = U^T U, retries [E] of `factor`).
+
+    H = V V^T with V upper triangular is the Cholesky factor of H with both axes reversed, and U = V^-1: one
+    factorization and one triangular inverse, where the usual route takes two factorizations and a full inverse.
+    """
+    coupling = torch.empty_like(hessian_EKK)
+    retries = torch.zeros(hessian_EKK.shape[0], dtype=torch.int64)
+    eye = torch.eye(hessian_EKK.shape[-1], dtype=hessian_EKK.dtype, device=hessian_EKK.device)
+    for e, hessian in enumerate(hessian_EKK):
+        lower, retries[e] = factor(hessian.flip(0, 1))
+        upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+        coupling[e] = upper / upper.diagonal()[:, None]
+    return coupling, retries
+
+
+def _walk(
+    state_EKN: torch.Tensor,
+    coupling_EKK: torch.Tensor,
+    delta_EKN: torch.Tensor,
+    leaf: Callable[[int, int], None],
+    width: int,
+) -> None:
+    """Visit columns in blocks of `width`; before each block, `state` holds the effect of all earlier deltas."""
+
+    def visit(low: int, high: int) -> None:
+        blocks = -(-(high - low) // width)
+        if blocks == 1:
+            leaf(low, high)
+            return
+        middle = low + blocks // 2 * width
+        visit(low, middle)
+        coupling = coupling_EKK[:, low:middle, middle:high].transpose(1, 2)
+        state_EKN[:, middle:high].baddbmm_(coupling, delta_EKN[:, low:middle], alpha=-1)
+        visit(middle, high)
+
+    visit(0, state_EKN.shape[1])
+
+
+def _within(
+    state_EKN: torch.Tensor, coupling_EKK: torch.Tensor, delta_EKN: torch.Tensor, low: int, k: int
+) -> torch.Tensor:
+    """Return state of column k [E, N] minus the effect of the columns low..k-1 of its own block."""
+    value_EN = state_EKN[:, k]
+    if k == low:
+        return value_EN
+    row = coupling_EKK[:, low:k, k].unsqueeze(1)
+    return torch.baddbmm(value_EN.unsqueeze(1), row, delta_EKN[:, low:k], alpha=-1).squeeze(1)
+
+
+def gptq(
+    target_ENK: torch.Tensor,
+    hessian_EKK: torch.Tensor,
+    scale_ENG: torch.Tensor,
+    act_order: bool = True,
+    leaf: int = LEAF,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (int8 codes [E, N, K], Cholesky retries [E]) for damped Hessians and static, rounded scales.
+
+    With `act_order` the columns are visited by descending Hessian diagonal; each keeps its own group's scale, so
+    the stored order does not change and no g_idx is needed.
+    """
+    E, N, K = target_ENK.shape
+    group = K // scale_ENG.shape[-1]
+    diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
+    order_EK = (
+        torch.argsort(diagonal_EK, dim=-1, descending=True, stable=True)
+        if act_order
+        else torch.arange(K, device=target_ENK.device).expand(E, K)
+    )
+    permuted = torch.stack([h[o][:, o] for h, o in zip(hessian_EKK, order_EK, strict=True)])
+    coupling_EKK, retries_E = inverse_factor(permuted)
+    del permuted
+    state_EKN = torch.stack([w.T[o] for w, o in zip(target_ENK, order_EK, strict=True)])
+    scale_EGN = scale_ENG.to(state_EKN.dtype).transpose(1, 2).contiguous()
+    delta_EKN = torch.empty_like(state_EKN)
+    codes_EKN = torch.empty(E, K, N, dtype=torch.int8, device=target_ENK.device)
+    experts = torch.arange(E, device=target_ENK.device)
+    group_EK = order_EK // group
+
+    def visit_block(low: int, high: int) -> None:
+        for k in range(low, high):
+            value_EN = _within(state_EKN, coupling_EKK, delta_EKN, low, k)
+            scale_EN = scale_EGN[experts, group_EK[:, k]]
+            code_EN = torch.round(value_EN / scale_EN).clamp_(CODE_MIN, CODE_MAX)
+            delta_EKN[:, k] = torch.addcmul(value_EN, code_EN, scale_EN, value=-1)
+            codes_EKN[experts, order_EK[:, k]] = code_EN.to(torch.int8)
+
+    _walk(state_EKN, coupling_EKK, delta_EKN, visit_block, leaf)
+    return codes_EKN.transpose(1, 2).contiguous(), retries_E
+
+
+def refine(
+    target_ENK: torch.Tensor,
+    hessian_EKK: torch.Tensor,
+    scale_ENG: torch.Tensor,
+    codes_ENK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales, codes) after one sweep: per group, refit its scale, round it, then descend over its codes.
+
+    The scale step is the closed form s += u R / (u H u) with u the group's codes and R = H (w* - q), taken only
+    where it lowers the objective after rounding; the code steps are exact minimisers. So the objective never rises.
+    """
+    K = target_ENK.shape[-1]
+    group = K // scale_ENG.shape[-1]
+    scale_EGN = scale_ENG.to(target_ENK.dtype).transpose(1, 2).contiguous()
+    codes_EKN = codes_ENK.transpose(1, 2).to(target_ENK.dtype).contiguous()
+    delta_EKN = target_ENK.transpose(1, 2) - codes_EKN * scale_EGN.repeat_interleave(group, dim=1)
+    state_EKN = torch.bmm(hessian_EKK, delta_EKN)
+
+    def visit_group(low: int, high: int) -> None:
+        part = slice(low, high)
+        codes, state = codes_EKN[:, part], state_EKN[:, part]
+        local = hessian_EKK[:, part, part]
+        old_scale = scale_EGN[:, low // group].clone()
+        old_value = codes * old_scale[:, None]
+        pushed = torch.bmm(local, codes)
+        gain, power = (codes * state).sum(1), (codes * pushed).sum(1)
+        new_scale = round_scale(old_scale + torch.where(power > 0, gain / power, 0.0))
+        step = new_scale - old_scale
+        scale = torch.where(step * (step * power - 2 * gain) < 0, new_scale, old_scale)
+        scale_EGN[:, low // group] = scale
+        state.addcmul_(pushed, (scale - old_scale)[:, None], value=-1)
+        for k in range(low, high):
+            push = _within(state_EKN, hessian_EKK, delta_EKN, low, k)
+            old_code = codes_EKN[:, k]
+            wanted = old_code + push / (hessian_EKK[:, k, k, None] * scale)
+            code = torch.round(wanted).clamp_(CODE_MIN, CODE_MAX)
+            delta_EKN[:, k] = (code - old_code) * scale
+            codes_EKN[:, k] = code
+        # later groups must see the whole change of this group, scale step included
+        delta_EKN[:, part] = codes * scale[:, None] - old_value
+
+    _walk(state_EKN, hessian_EKK, delta_EKN, visit_group, group)
+    return scale_EGN.transpose(1, 2).contiguous(), codes_EKN.to(torch.int8).transpose(1, 2).contiguous()
+
+
+def asymmetric_target(
+    weight_ENK: torch.Tensor, drift_EKK: torch.Tensor, damped_EKK: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return W* = W + alpha W (G - H) (H + lambda I)^-1 (E4): the target that makes up for a quantized input.
+
+    `drift` is G - H = cov(x - x^, x^), x the original input and x^ the one the quantized model will see.
+    """
+    corrected = torch.empty_like(weight_ENK)
+    for e, (weight, drift, damped) in enumerate(zip(weight_ENK, drift_EKK, damped_EKK, strict=True)):
+        lower, _ = factor(damped)
+        corrected[e] = weight + alpha * torch.cholesky_solve((weight @ drift).T, lower).T
+    return corrected

@@ -1,0 +1,268 @@
+"""One decoder layer: original experts and routed tokens in, packed tensors, report and block output out.
+
+The block output that goes on to the next layer is the *original* model's: every layer is calibrated on what the
+original would see. Within an expert, down_proj is calibrated on what the quantized gate_up really gives it.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from gptoss_quantize.calibration.moments import Moments, moments
+from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels.experts import gated, route, tokens_of
+from gptoss_quantize.model import expert_act
+from gptoss_quantize.quantize import awq
+from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.quantize.solve import Solution, solve
+
+SAMPLE_TOKENS = 256
+
+
+@dataclass(slots=True)
+class Routed:
+    """What the experts of one layer see: inputs and routing of all calibration tokens."""
+
+    x: torch.Tensor  # [T, D] in the compute dtype
+    index: torch.Tensor  # [T, K]
+    prob: torch.Tensor  # [T, K] float32
+
+
+@dataclass(slots=True)
+class LayerResult:
+    """The quantized layer: tensors by their name inside the layer, a report entry, the original block output."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    out: torch.Tensor | None = None  # [T, D] float32
+
+
+class Clock:
+    """Seconds per phase, added up over layers."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def expert_tensors(expert: int, gate_up: Solution, down: Solution, at: int) -> dict[str, torch.Tensor]:
+    """Return the six stored tensors of an expert, item `at` of its solved batch, by their name inside the layer."""
+    tensors = {}
+    for name, part in (("w13", gate_up), ("w2", down)):
+        base = f"mlp.experts.{expert}.{name}_"
+        tensors[base + "weight_packed"] = int4.pack(part.codes[at]).cpu()
+        tensors[base + "weight_scale"] = part.scale[at].to(torch.bfloat16).cpu()
+        tensors[base + "bias"] = part.bias[at].to(torch.bfloat16).cpu()
+    return tensors
+
+
+def round_layer(source: Checkpoint, index: int, recipe: Recipe, group_size: int, clock: Clock) -> LayerResult:
+    """Return a layer quantized by plain rounding, without activations."""
+    result = LayerResult()
+    for e in range(source.config.experts):
+        with clock("read"):
+            expert = source.expert(index, e)
+        with clock("solve"):
+            gate_up = solve(expert.gate_up[None], expert.gate_up_bias[None], None, recipe, group_size)
+            down = solve(expert.down[None], expert.down_bias[None], None, recipe, group_size)
+            result.tensors |= expert_tensors(e, gate_up, down, 0)
+    return result
+
+
+@dataclass(slots=True)
+class _Job:
+    """The constants of one calibrated layer."""
+
+    config: ModelConfig
+    routed: Routed
+    recipe: Recipe
+    group_size: int
+    clock: Clock
+    input_scale: torch.Tensor | None  # [D], of the gate_up fold
+
+    def tokens(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (token rows, router probabilities) of an expert."""
+        token, slot = tokens_of(self.routed.index, expert)
+        return token, self.routed.prob[token, slot]
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the experts' input in the folded model."""
+        return x if self.input_scale is None else (x.float() / self.input_scale).to(x.dtype)
+
+    def sample(self, expert: int) -> awq.Sample:
+        """Return at most SAMPLE_TOKENS of an expert's tokens, evenly spaced."""
+        token, prob = self.tokens(expert)
+        count = token.numel()
+        keep = torch.arange(0, count, max(1, -(-count // SAMPLE_TOKENS)), device=token.device)
+        share = count / max(1, keep.numel())
+        return awq.Sample(self.routed.x[token[keep]], prob[keep].square() * share)
+
+
+def calibrated_layer(
+    source: Checkpoint,
+    index: int,
+    dense: dict[str, torch.Tensor],
+    routed: Routed,
+    recipe: Recipe,
+    group_size: int,
+    experts_at_once: int,
+    clock: Clock,
+) -> LayerResult:
+    """Return a layer quantized on its routed tokens; `dense` are the layer's tensors outside the experts."""
+    config = source.config
+    job = _Job(config, routed, recipe, group_size, clock, None)
+    result = LayerResult(out=torch.zeros(routed.x.shape, dtype=torch.float32, device=routed.x.device))
+    device = routed.x.device
+    if recipe.awq:
+        with clock("awq search"):
+            fold = awq.search_input(
+                [job.sample(e) for e in range(config.experts)],
+                (_to(expert, device) for expert in source.experts(index)),
+                routed.x.float().abs().mean(0),
+                dense,
+                config,
+                group_size,
+            )
+        job.input_scale = fold.scale if fold.alpha else None
+        result.report["awq"] = {"alpha": fold.alpha, "gain": fold.gain}
+        if fold.alpha:
+            result.tensors["post_attention_layernorm.weight"] = fold.norm
+            result.tensors["mlp.router.weight"] = fold.router
+            moved, _ = route(
+                job.seen(routed.x).float(), fold.router.float(), dense["mlp.router.bias"].float(), config.top_k
+            )
+            same = (moved.sort(-1).values == routed.index.sort(-1).values).all(-1).float().mean()
+            result.report["awq"]["routing_unchanged"] = float(same)
+    entries: list[dict[str, Any]] = []
+    for start in range(0, config.experts, experts_at_once):
+        chunk = range(start, min(start + experts_at_once, config.experts))
+        with clock("read"):
+            experts = [_to(source.expert(index, e), device) for e in chunk]
+        entries += _solve_chunk(job, chunk, experts, result)
+    result.report["experts"] = entries
+    return result
+
+
+def _to(expert: Expert, where: torch.device | torch.dtype) -> Expert:
+    return Expert(
+        expert.gate_up.to(where), expert.gate_up_bias.to(where), expert.down.to(where), expert.down_bias.to(where)
+    )
+
+
+def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: LayerResult) -> list[dict[str, Any]]:
+    """Quantize a batch of experts; adds their tensors and original outputs to `result`, returns report entries."""
+    recipe, clock, size = job.recipe, job.clock, job.group_size
+    entries: list[dict[str, Any]] = [{"expert": e} for e in chunk]
+    experts, folds = list(originals), [None] * len(chunk)
+    if recipe.awq and recipe.awq_down:
+        with clock("awq search"):
+            experts, folds = _fold_down(job, chunk, originals, entries)
+    full = recipe.gptq or recipe.sweeps > 0
+
+    with clock("moments"):
+        stats = []
+        for entry, e in zip(entries, chunk, strict=True):
+            token, prob = job.tokens(e)
+            seen = job.seen(job.routed.x[token])
+            stats.append(moments(seen, prob**recipe.token_power, centre=recipe.centre, diagonal=not full))
+            entry |= {"tokens": stats[-1].tokens, "effective_tokens": round(stats[-1].effective_tokens, 1)}
+    with clock("solve"):
+        wide = [e.gate_up if job.input_scale is None else e.gate_up * job.input_scale for e in experts]
+        biases = torch.stack([e.gate_up_bias for e in experts])
+        gate_up = solve(torch.stack(wide), biases, stats, recipe, size)
+    stats = [
+        _down_moments(job, e, original, gate_up, at, folds[at], result)
+        for at, (e, original) in enumerate(zip(chunk, originals, strict=True))
+    ]
+    with clock("solve"):
+        biases = torch.stack([e.down_bias for e in experts])
+        down = solve(torch.stack([e.down for e in experts]), biases, stats, recipe, size)
+    with clock("report"):
+        for at, entry in enumerate(entries):
+            entry["output_error"] = _output_error(job, chunk[at], originals[at], gate_up, down, at)
+            if retries := gate_up.retries[at] + down.retries[at]:
+                entry["extra_damping"] = retries
+            result.tensors |= expert_tensors(chunk[at], gate_up, down, at)
+    return entries
+
+
+def _fold_down(
+    job: _Job, chunk: range, originals: list[Expert], entries: list[dict[str, Any]]
+) -> tuple[list[Expert], list[Any]]:
+    """Return (experts with the up->down fold, their t [F]); notes beta and gain in the entries."""
+    experts, folds = [], []
+    for entry, e, original in zip(entries, chunk, originals, strict=True):
+        token, _ = job.tokens(e)
+        dtype = job.routed.x.dtype
+        up = functional.linear(
+            job.routed.x[token], original.gate_up[1::2].to(dtype), original.gate_up_bias[1::2].to(dtype)
+        )
+        # 2 % below the limit, so that rounding of the folded weights does not reach it either
+        clamped = (
+            (up.float().abs() >= 0.98 * job.config.swiglu_limit).any(0)
+            if token.numel()
+            else torch.ones(job.config.intermediate, dtype=torch.bool, device=up.device)
+        )
+        folded, t, beta, gain = awq.search_down(job.sample(e), original, job.config, job.group_size, clamped)
+        experts.append(folded)
+        folds.append(t)
+        entry["awq_down"] = {"beta": beta, "gain": gain, "clamped": int(clamped.sum())}
+    return experts, folds
+
+
+def _down_moments(
+    job: _Job, e: int, original: Expert, gate_up: Solution, at: int, fold: torch.Tensor | None, result: LayerResult
+) -> Moments:
+    """Return the moments of the quantized model's down_proj input; adds the original output of the expert."""
+    token, prob = job.tokens(e)
+    x = job.routed.x[token]
+    full = job.recipe.gptq or job.recipe.sweeps > 0
+    with job.clock("forward"):
+        cast = _to(original, x.dtype)
+        act = expert_act(x, cast, job.config)
+        y = functional.linear(act, cast.down, cast.down_bias)
+        assert result.out is not None
+        result.out.index_add_(0, token, y.float() * prob[:, None])
+        seen = _quantized_act(job, x, gate_up, at)
+    with job.clock("moments"):
+        if fold is not None:
+            act = (act.float() / fold).to(act.dtype)
+        return moments(
+            seen,
+            prob**job.recipe.token_power,
+            centre=job.recipe.centre,
+            original_TK=act if job.recipe.asymmetric or job.recipe.centre else None,
+            diagonal=not full,
+        )
+
+
+def _quantized_act(job: _Job, x: torch.Tensor, gate_up: Solution, at: int) -> torch.Tensor:
+    weight, bias = gate_up.weight(at, x.dtype), gate_up.bias[at].to(x.dtype)
+    return gated(job.seen(x), weight, bias, job.config.swiglu_limit, job.config.swiglu_alpha)
+
+
+def _output_error(job: _Job, e: int, original: Expert, gate_up: Solution, down: Solution, at: int) -> float | None:
+    """Return |y - y_quantized|^2 / |y|^2 of the expert's output on sampled tokens; None without tokens."""
+    sample = job.sample(e)
+    if not sample.x.shape[0]:
+        return None
+    dtype = sample.x.dtype
+    cast = _to(original, dtype)
+    wanted = functional.linear(expert_act(sample.x, cast, job.config), cast.down, cast.down_bias).float()
+    act = _quantized_act(job, sample.x, gate_up, at)
+    got = functional.linear(act, down.weight(at, dtype), down.bias[at].to(dtype)).float()
+    return float((got - wanted).square().sum() / wanted.square().sum())

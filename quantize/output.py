@@ -1,0 +1,178 @@
+"""The checkpoint being written: shards under a temporary name, state after every layer, one rename at the end.
+
+`OUT.partial/` holds finished shards, two files of hidden states and `state.json`. Each file is written under a
+temporary name, flushed to disk and renamed, and state.json comes last; so after a crash at any moment it describes
+whole files only, and `--resume` goes on from there. `OUT` itself appears in one rename, complete, or not at all.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gptoss_quantize.errors import InputError
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "USAGE_POLICY",
+)
+INDEX_NAME = "gptoss-int4.safetensors.index.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class HiddenFile:
+    """Hidden states [N, S, D] in float32 on disk, read and written by slices of sequences."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]):
+        self.path, self.shape = path, shape
+        path.touch()
+
+    def _place(self, part: slice) -> tuple[int, tuple[int, int, int]]:
+        _, positions, hidden = self.shape
+        return part.start * positions * hidden * 4, (part.stop - part.start, positions, hidden)
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Return sequences part.start..part.stop-1 as float32 [n, S, D]."""
+        start, shape = self._place(part)
+        data = torch.empty(shape, dtype=torch.float32)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            view, done = memoryview(data.numpy()).cast("B"), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{self.path}: ends early; the run cannot be resumed, start with --overwrite")
+                done += count
+        return data
+
+    def write(self, part: slice, hidden_NSD: torch.Tensor) -> None:
+        """Write float32 sequences at their place."""
+        start, _ = self._place(part)
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            view, done = memoryview(hidden_NSD.contiguous().numpy()).cast("B"), 0
+            while done < len(view):
+                done += file.write(view[done:])
+
+    def flush(self) -> None:
+        """Wait until the data is on disk."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+class Output:
+    """A checkpoint under construction at `OUT.partial`; `finish` turns it into OUT."""
+
+    def __init__(self, dest: Path, shards: int, settings: dict[str, Any], *, resume: bool, overwrite: bool):
+        self.dest, self.shards, self.settings = dest, shards, settings
+        self.partial = dest.with_name(dest.name + ".partial")
+        self._overwrite = overwrite
+        if resume and overwrite:
+            raise InputError("--resume and --overwrite contradict each other; give one of them")
+        if dest.exists() and not overwrite:
+            raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
+        self.state: dict[str, Any] = {"settings": settings, "layers": [], "weight_map": {}, "bytes": 0, "seconds": {}}
+        if self.partial.exists():
+            if resume:
+                self.state = self._load_state()
+            elif overwrite:
+                shutil.rmtree(self.partial)
+            else:
+                raise InputError(
+                    f"{self.partial}: an unfinished run; continue it with --resume or drop it with --overwrite"
+                )
+        elif resume:
+            raise InputError(f"{self.partial}: nothing to resume; run without --resume")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            (self.partial / ".writable").write_bytes(b"")
+            (self.partial / ".writable").unlink()
+        except OSError as error:
+            raise InputError(f"{self.partial}: cannot be written ({error}); choose another place for OUT") from None
+
+    def _load_state(self) -> dict[str, Any]:
+        path = self.partial / "state.json"
+        if not path.exists():
+            return self.state
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, OSError) as error:
+            raise InputError(f"{path}: unreadable ({error}); start again with --overwrite") from None
+        before, now = state["settings"], json.loads(json.dumps(self.settings))
+        if changed := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
+            listed = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
+            raise InputError(
+                f"{self.partial}: cannot resume, the run has changed: {listed}. "
+                "Use the same command, or start again with --overwrite"
+            )
+        return state
+
+    def shard_name(self, number: int) -> str:
+        """Return the file name of shard `number`, counted from 1."""
+        # not model-*.safetensors: stock transformers would load that with random experts and only warn
+        return f"gptoss-int4-{number:05d}-of-{self.shards:05d}.safetensors"
+
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one shard whole, or fail without a trace of it under its final name."""
+        name = self.shard_name(number)
+        temporary = self.partial / (name + ".tmp")
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        except (OSError, ValueError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(
+                f"{temporary}: writing failed ({error}); free some space and run the same command with --resume"
+            ) from error
+        temporary.replace(self.partial / name)
+        self.state["weight_map"] |= dict.fromkeys(tensors, name)
+        self.state["bytes"] += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def hidden(self, which: int, shape: tuple[int, int, int]) -> HiddenFile:
+        """Return one of the two hidden-state files (which is 0 or 1)."""
+        return HiddenFile(self.partial / f"hidden-{which % 2}.bin", shape)
+
+    def save_state(self) -> None:
+        """Record what is whole by now."""
+        write_json(self.partial / "state.json", self.state)
+
+    def finish(self, source: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+        """Write index, config, report and tokenizer files, then rename the directory to its final name."""
+        for name in COPIED:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, self.partial / name)
+        total = {"total_size": self.state["bytes"]}
+        write_json(self.partial / INDEX_NAME, {"metadata": total, "weight_map": self.state["weight_map"]})
+        write_json(self.partial / "config.json", config)
+        write_json(self.partial / "quantization_report.json", report)
+        for leftover in ("state.json", "hidden-0.bin", "hidden-1.bin"):
+            (self.partial / leftover).unlink(missing_ok=True)
+        replaced = self.dest.with_name(self.dest.name + ".replaced")
+        if self.dest.exists() and self._overwrite:
+            self.dest.rename(replaced)
+        self.partial.rename(self.dest)
+        if replaced.exists():
+            shutil.rmtree(replaced)

@@ -1,0 +1,68 @@
+"""What each method is, as data: every step of the stack is a field that can be switched off by itself.
+
+The numbers behind the defaults stand in docs/lab-notes.md; E1-E9 are the equations in the docstrings of
+`quantize.gptq`, `quantize.scales` and `calibration.moments`.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from gptoss_quantize.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One way to choose codes, scales and biases of an expert."""
+
+    scale: str = "search"  # absmax: |w|max / 7.5; signed: full range -8..7; search: importance-weighted grid
+    gptq: bool = True  # error feedback column by column (arXiv 2210.17323)
+    act_order: bool = True  # columns by descending Hessian diagonal, groups static
+    damping: float = 0.003  # share of the mean Hessian diagonal added to the diagonal
+    damping_starved: float = 0.2  # the same, times columns / effective tokens of the expert
+    token_power: float = 1.0  # token weight = router probability ** token_power
+    centre: bool = True  # centred covariance; the expert's bias absorbs the mean error
+    sweeps: int = 1  # rounds of joint scale refit and coordinate descent after GPTQ
+    asymmetric: float = 0.5  # how far the down_proj target corrects for its quantized input (0: not at all)
+    awq: bool = False  # scales folded into norm, router and up->down before quantizing
+    awq_down: bool = True  # with awq: also the per-neuron up->down fold
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the recipe looks at activations at all."""
+        return self.gptq or self.awq or self.scale == "search"
+
+
+RECIPES: dict[str, Recipe] = {
+    "rtn": Recipe(scale="absmax", gptq=False, act_order=False, centre=False, sweeps=0, asymmetric=0.0),
+    "rtn-signed": Recipe(scale="signed", gptq=False, act_order=False, centre=False, sweeps=0, asymmetric=0.0),
+    "awq": Recipe(gptq=False, act_order=False, sweeps=0, asymmetric=0.0, centre=False, awq=True),
+    "gptq": Recipe(),
+    "awq+gptq": Recipe(awq=True),
+}
+
+
+def override(recipe: Recipe, settings: list[str]) -> Recipe:
+    """Return the recipe with `name=value` settings applied; InputError for an unknown name or a wrong type."""
+    kinds = {f.name: f.type for f in fields(Recipe)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in kinds:
+            raise InputError(f"unknown recipe field {name!r}; known: {', '.join(kinds)}")
+        try:
+            values[name] = {"bool": _parse_bool, "int": int, "float": float, "str": str}[str(_name(kinds[name]))](
+                text
+            )
+        except ValueError:
+            raise InputError(f"recipe field {name}: {text!r} is not a {_name(kinds[name])}") from None
+    return replace(recipe, **values)
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else kind.__name__
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"

@@ -1,0 +1,273 @@
+"""The main loop: for every decoder layer, attend, route, quantize the experts, write the shard, remember the state.
+
+Memory holds one layer's attention, a few experts, and the layer's inputs for all calibration tokens; hidden states
+live on disk. See `quantize.output` for what survives a crash, and `quantize.layer` for what happens to a layer.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from gptoss_quantize import __version__
+from gptoss_quantize.calibration.text import Tokens
+from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.model import attend, batches, embed, mlp_input, rope_tables, router
+from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer, round_layer
+from gptoss_quantize.quantize.output import Output
+from gptoss_quantize.quantize.recipes import Recipe
+
+# what the arrays of one batched solve may take, until a memory budget decides
+SOLVE_BYTES = 768 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One quantization: what is read, what is written, and how."""
+
+    dest: Path
+    method: str
+    recipe: Recipe
+    group_size: int = 64
+    device: str = "auto"  # auto: cuda where there is one
+    dtype: torch.dtype | None = None  # of matrix products; None: what the device multiplies fastest
+    resume: bool = False
+    overwrite: bool = False
+
+
+def pick_device(device: str) -> str:
+    """Return the device to compute on; auto is cuda where there is one. InputError for one that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    if device != "cpu" and not device.startswith("cuda"):
+        raise InputError(f"--device {device}: expected auto, cpu or cuda")
+    return device
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """Return the dtype that matrix products run fastest in: bfloat16 where the hardware multiplies it natively."""
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def quantization_config(group_size: int) -> dict[str, Any]:
+    """Return the compressed-tensors description that vLLM reads (formats.md A2)."""
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    group = {
+        "targets": ["re:.*mlp\\.experts\\..*"],
+        "format": "pack-quantized",
+        "input_activations": None,
+        "output_activations": None,
+        "weights": weights,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def quantize_checkpoint(
+    source: Checkpoint,
+    job: Job,
+    tokens: Tokens | None,
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> dict[str, Any]:
+    """Quantize all experts of `source` into `job.dest`; return the report that is also written there.
+
+    `tokens` are needed by every recipe that looks at activations. `on_layer` is called with the index of each
+    finished layer. InputError for input that is refused; nothing then stands under the final name.
+    """
+    _check(source, job, tokens)
+    device = pick_device(job.device)
+    job = replace(job, device=device, dtype=job.dtype or compute_dtype(device))
+    started = time.time()
+    config = source.config
+    output = Output(
+        job.dest, config.layers + 1, _settings(source, job, tokens), resume=job.resume, overwrite=job.overwrite
+    )
+    clock = Clock()
+    clock.seconds = output.state["seconds"]
+    shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
+    done = len(output.state["layers"])
+    if not output.state["weight_map"]:
+        _write_outer(source, output)
+        if tokens is not None and shape is not None:
+            hidden = output.hidden(0, shape)
+            for batch in batches(shape[0], shape[1]):
+                hidden.write(batch, embed(source, tokens.ids[batch]))
+            hidden.flush()
+        output.save_state()
+    for i in range(done):
+        on_layer(i)
+    with torch.inference_mode():
+        for i in range(done, config.layers):
+            if tokens is None or shape is None:
+                result = round_layer(source, i, job.recipe, job.group_size, clock)
+            else:
+                result = _calibrate(source, i, job, output, shape, clock)
+            with clock("write"):
+                _write_layer(source, i, result, output)
+            on_layer(i)
+    report = _report(source, job, tokens, output, time.time() - started)
+    raw = {k: v for k, v in config.raw.items() if k != "quantization_config"}
+    marker = {"version": __version__, "format": "int4", "method": job.method, "group_size": job.group_size}
+    raw |= {"quantization_config": quantization_config(job.group_size), "gptoss_quantize": marker}
+    output.finish(source.path, raw, report)
+    return report
+
+
+def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
+    config = source.config
+    if source.expert_format == "int4":
+        raise InputError(f"{source.path}: its experts are int4 already; start from the bf16 or MXFP4 original")
+    for name, size in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate)):
+        if size % job.group_size:
+            fits = [g for g in (32, 64) if config.hidden % g == 0 and config.intermediate % g == 0]
+            raise InputError(
+                f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
+                f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
+            )
+    if job.recipe.calibrated and tokens is None:
+        raise InputError(f"method {job.method} needs calibration text; pass --calibration")
+    if tokens is not None and int(tokens.ids.max()) >= config.vocab:
+        raise InputError(
+            f"calibration text has token id {int(tokens.ids.max())}, the model's vocabulary ends at {config.vocab - 1}; "
+            "tokenizer and model do not belong together"
+        )
+
+
+def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, Any]:
+    """Return everything the result depends on; a resumed run must have the same."""
+    files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in source.files()}
+    return {
+        "version": __version__,
+        "source": str(source.path.resolve()),
+        "source_files": files,
+        "adapter": None if source.adapter is None else str(source.adapter.path),
+        "method": job.method,
+        "recipe": asdict(job.recipe),
+        "group_size": job.group_size,
+        "calibration": None if tokens is None else tokens.sha256,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "device": job.device,
+    }
+
+
+def _write_outer(source: Checkpoint, output: Output) -> None:
+    """Write the first shard: embedding, final norm and head, as they are in the source."""
+    names = [n for n in dense_shapes(source.config) if not n.startswith("model.layers.")]
+    output.write_shard(1, {name: source.dense(name) for name in names})
+
+
+def _write_layer(source: Checkpoint, index: int, result: LayerResult, output: Output) -> None:
+    tensors = source.layer(index) | {k: v.cpu() for k, v in result.tensors.items()}
+    output.write_shard(index + 2, {f"model.layers.{index}.{name}": t for name, t in tensors.items()})
+    output.state["layers"].append(result.report)
+    output.save_state()
+
+
+def _calibrate(
+    source: Checkpoint, index: int, job: Job, output: Output, shape: tuple[int, int, int], clock: Clock
+) -> LayerResult:
+    """Run one layer on the hidden states of the previous one, quantize it, leave hidden states for the next."""
+    config = source.config
+    sequences, positions, width = shape
+    before, after = output.hidden(index, shape), output.hidden(index + 1, shape)
+    with clock("read"):
+        dense = {name: t.to(job.device) for name, t in source.layer(index).items()}
+    rope = rope_tables(config, positions, job.device)
+    count, per = sequences * positions, config.top_k
+    routed = Routed(
+        torch.empty(count, width, dtype=job.dtype, device=job.device),
+        torch.empty(count, per, dtype=torch.int64, device=job.device),
+        torch.empty(count, per, dtype=torch.float32, device=job.device),
+    )
+    with clock("attention"):
+        for batch in batches(sequences, positions):
+            h = attend(before.read(batch).to(job.device), dense, config, index, rope, job.dtype)
+            x = mlp_input(h.flatten(0, 1), dense, config)
+            part = slice(batch.start * positions, batch.stop * positions)
+            routed.x[part] = x.to(job.dtype)
+            routed.index[part], routed.prob[part] = router(x, dense, config)
+            after.write(batch, h.cpu())
+    at_once = max(1, SOLVE_BYTES // _solve_bytes(config.hidden, config.intermediate))
+    result = calibrated_layer(source, index, dense, routed, job.recipe, job.group_size, at_once, clock)
+    assert result.out is not None
+    with clock("write"):
+        for batch in batches(sequences, positions):
+            part = slice(batch.start * positions, batch.stop * positions)
+            after.write(batch, after.read(batch) + result.out[part].cpu().unflatten(0, (-1, positions)))
+        after.flush()
+    result.report["tokens"] = torch.bincount(routed.index.flatten(), minlength=config.experts).tolist()
+    return result
+
+
+def _solve_bytes(hidden: int, intermediate: int) -> int:
+    """Return about what one expert needs in a batched solve: weights and four arrays of their size, Hessians."""
+    weights = max(2 * intermediate * hidden, intermediate * hidden)
+    return 4 * (3 * intermediate * hidden + 5 * weights + 4 * max(hidden, intermediate) ** 2)
+
+
+def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, seconds: float) -> dict[str, Any]:
+    config = source.config
+    layers = output.state["layers"]
+    entries = [(i, e) for i, layer in enumerate(layers) for e in layer.get("experts", [])]
+    return {
+        "schema": 1,
+        "settings": output.state["settings"],
+        "calibration": None
+        if tokens is None
+        else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
+        "expert_bits_per_weight": int4.bits_per_weight(config.hidden, job.group_size),
+        "bytes": output.state["bytes"],
+        "experts_without_tokens": [[i, e["expert"]] for i, e in entries if e["tokens"] == 0],
+        "experts_under_50_tokens": [[i, e["expert"]] for i, e in entries if 0 < e["tokens"] < 50],
+        "hessians_with_extra_damping": [
+            [i, e["expert"], e["extra_damping"]] for i, e in entries if "extra_damping" in e
+        ],
+        "layers": layers,
+        "seconds": round(seconds, 1),
+        "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
+        "peak_rss_mib": peak_rss_mib(),
+        "machine": {
+            "cpu_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        },
+    }
+
+
+def peak_rss_mib() -> int | None:
+    """Return the process's peak resident memory in MiB since its start; None where /proc does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 1024
+    except OSError:
+        return None
+    return None

@@ -1,0 +1,76 @@
+"""From weights and moments of a batch of experts to codes, scales and biases: the recipe, step by step."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gptoss_quantize.calibration.moments import Moments
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.quantize.gptq import asymmetric_target, damp, gptq, refine
+from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.quantize.scales import absmax_scale, searched_scale, signed_scale
+
+
+@dataclass(slots=True)
+class Solution:
+    """A quantized projection of a batch of experts."""
+
+    codes: torch.Tensor  # int8 [E, N, K]
+    scale: torch.Tensor  # [E, N, G], values as stored
+    bias: torch.Tensor  # [E, N], values as stored
+    retries: list[int]  # per expert, how often the Hessian needed more damping to factor
+
+    def weight(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return one expert's dequantized weights [N, K]."""
+        return int4.dequantize(self.codes[expert], self.scale[expert], dtype)
+
+
+def round_bias(bias: torch.Tensor) -> torch.Tensor:
+    """Return the bias values as stored: rounded to bfloat16, in the dtype given."""
+    return bias.to(torch.bfloat16).to(bias.dtype)
+
+
+def solve(
+    weight_ENK: torch.Tensor, bias_EN: torch.Tensor, stats: list[Moments] | None, recipe: Recipe, group_size: int
+) -> Solution:
+    """Return the quantized projection of E experts under a recipe; `stats` are None for plain rounding.
+
+    With drift in the moments the target is corrected for the quantized input; with a centred recipe the bias
+    becomes b + W m - Q m^ (E3), which makes the mean output exact.
+    """
+    if stats is None:
+        if recipe.calibrated:
+            raise ValueError("this recipe needs calibration moments")
+        rule = absmax_scale if recipe.scale == "absmax" else signed_scale
+        scale = rule(weight_ENK, group_size)
+        codes = int4.quantize(weight_ENK, scale)
+        return Solution(codes, scale, round_bias(bias_EN), [0] * len(codes))
+
+    hessian = torch.stack([s.hessian for s in stats])
+    effective = torch.tensor([s.effective_tokens for s in stats], device=hessian.device)
+    damped, _ = damp(hessian, effective, recipe.damping, recipe.damping_starved)
+    target = weight_ENK
+    if recipe.asymmetric and all(s.drift is not None for s in stats):
+        drift = torch.stack([s.drift for s in stats if s.drift is not None])
+        target = asymmetric_target(weight_ENK, drift, damped, recipe.asymmetric)
+    importance = damped if damped.dim() == 2 else damped.diagonal(dim1=-2, dim2=-1)
+    scale = {
+        "absmax": lambda: absmax_scale(target, group_size),
+        "signed": lambda: signed_scale(target, group_size),
+        "search": lambda: searched_scale(target, importance, group_size),
+    }[recipe.scale]()
+    if recipe.gptq:
+        codes, retries_E = gptq(target, damped, scale, recipe.act_order)
+        retries = retries_E.tolist()
+    else:
+        codes, retries = int4.quantize(target, scale), [0] * len(target)
+    for _ in range(recipe.sweeps):
+        scale, codes = refine(target, damped, scale, codes)
+
+    bias = bias_EN
+    if recipe.centre:
+        quantized = int4.dequantize(codes, scale)
+        mean = torch.stack([s.mean for s in stats])
+        original = torch.stack([s.mean if s.original_mean is None else s.original_mean for s in stats])
+        bias = bias_EN + (weight_ENK @ original[..., None] - quantized @ mean[..., None]).squeeze(-1)
+    return Solution(codes, scale, round_bias(bias), retries)
