@@ -1,18 +1,19 @@
-"""Weighted first and second moments of an expert's input (E2), accumulated in float32.
+"""Weighted first and second moments of an expert's input (E2), added up block by block.
 
     m = sum w x / sum w        H = sum w x x^T / sum w - m m^T        n_eff = (sum w)^2 / sum w^2
     drift = cov(x - x^, x^) = G - H for the asymmetric target
 
 The covariance is centred because the expert's bias can absorb any error in the mean for free. Only routed tokens
-count, weighted by the router's probability.
+count, weighted by the router's probability. Sums run over x - c, with c the mean of the first block: one pass
+over the tokens, and no cancellation where a channel's mean is large against its spread.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 512
-_ROWS = 4096
+BLOCK_TOKENS = 2048
+_COLUMNS = 512
 
 
 @dataclass(slots=True)
@@ -27,60 +28,85 @@ class Moments:
     original_mean: torch.Tensor | None = None  # [K], mean of the original input
 
 
-def add_gram_(out_KK: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """Add x^T x to the blocks of `out` on and above the diagonal; `mirror_` completes it."""
-    for start in range(0, x_TK.shape[1], _BLOCK):
-        part = slice(start, start + _BLOCK)
-        out_KK[part, start:].addmm_(x_TK[:, part].T, x_TK[:, start:])
+def token_blocks(tokens: int) -> list[slice]:
+    """Return slices of at most BLOCK_TOKENS tokens: small enough to stay in cache and to be reused by malloc."""
+    return [slice(start, min(start + BLOCK_TOKENS, tokens)) for start in range(0, tokens, BLOCK_TOKENS)]
 
 
-def mirror_(out_KK: torch.Tensor) -> None:
-    """Copy the blocks above the diagonal to below it."""
-    for start in range(_BLOCK, out_KK.shape[0], _BLOCK):
-        part = slice(start, start + _BLOCK)
-        out_KK[part, :start] = out_KK[:start, part].T
+class MomentSums:
+    """Running sums over blocks of tokens; `add` blocks, then `finish`. Accumulates in float32 or wider."""
 
+    def __init__(self, columns: int, *, centre: bool = True, diagonal: bool = False):
+        self.columns, self.centre, self.diagonal = columns, centre, diagonal
+        self.tokens, self.paired = 0, False
+        self.total = self.squares = 0.0
+        self._shift = self._sum = self._second = self._gap = self._drift = torch.empty(0)
 
-def moments(
-    x_TK: torch.Tensor,
-    weight_T: torch.Tensor,
-    *,
-    centre: bool = True,
-    diagonal: bool = False,
-    original_TK: torch.Tensor | None = None,
-) -> Moments:
-    """Return the moments of x under token weights; with `original`, also its mean and the drift against it.
+    def _start(self, x_TK: torch.Tensor, weight_T: torch.Tensor) -> None:
+        dtype = torch.promote_types(x_TK.dtype, torch.float32)
+        kind = {"dtype": dtype, "device": x_TK.device}
+        share = (weight_T / weight_T.sum()).to(dtype)
+        self._shift = share @ x_TK.to(dtype) if self.centre else torch.zeros(self.columns, **kind)
+        # drift multiplies in the inputs' own precision, and must be centred on a value of that precision
+        self._shift = self._shift.to(x_TK.dtype).to(dtype)
+        self._sum = torch.zeros(self.columns, **kind)
+        self._gap = torch.zeros(self.columns, **kind)
+        shape = (self.columns,) if self.diagonal else (self.columns, self.columns)
+        self._second, self._drift = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
 
-    x is what the quantized projection will see. With `diagonal` only the Hessian's diagonal is computed, and no
-    drift. Tokens are taken in blocks, so the float32 copies stay small. Zero tokens give a zero Hessian and mean.
-    """
-    tokens, columns = x_TK.shape
-    kind = {"device": x_TK.device, "dtype": torch.promote_types(x_TK.dtype, torch.float32)}
-    hessian = torch.zeros(columns if diagonal else (columns, columns), **kind)
-    drift = None if diagonal or original_TK is None else torch.zeros(columns, columns, **kind)
-    mean, original_mean = torch.zeros(columns, **kind), None if original_TK is None else torch.zeros(columns, **kind)
-    if not tokens:
-        return Moments(mean, hessian, 0, 0.0, drift, original_mean)
-    weight = weight_T.to(kind["dtype"])
-    share = weight / weight.sum()
-    blocks = [slice(start, start + _ROWS) for start in range(0, tokens, _ROWS)]
-    for rows in blocks:
-        mean += share[rows] @ x_TK[rows].to(kind["dtype"])
-        if original_TK is not None and original_mean is not None:
-            original_mean += share[rows] @ original_TK[rows].to(kind["dtype"])
-    offset = mean if centre else torch.zeros_like(mean)
-    for rows in blocks:
-        root = share[rows, None].sqrt()
-        centred = (x_TK[rows] - offset).mul_(root)
-        if diagonal:
-            hessian += centred.square().sum(0)
-            continue
-        add_gram_(hessian, centred)
-        if drift is not None and original_TK is not None and original_mean is not None:
-            gap = original_TK[rows] - x_TK[rows]
-            # the drift is a small correction: the inputs' own precision is enough for its product
-            gap = ((gap - (original_mean - mean)) if centre else gap).mul(root).to(x_TK.dtype)
-            drift += gap.T @ centred.to(x_TK.dtype)
-    if not diagonal:
-        mirror_(hessian)
-    return Moments(mean, hessian, tokens, float(1 / share.square().sum()), drift, original_mean)
+    def add(self, x_TK: torch.Tensor, weight_T: torch.Tensor, original_TK: torch.Tensor | None = None) -> None:
+        """Add tokens: x is what the quantized projection will see, `original` what the original one saw."""
+        if not x_TK.shape[0]:
+            return
+        if not self.tokens:
+            self._start(x_TK, weight_T)
+        self.tokens += x_TK.shape[0]
+        weight = weight_T.to(self._sum.dtype)
+        self.total += float(weight.sum())
+        self.squares += float(weight.square().sum())
+        # converted first: torch's mixed-dtype subtraction is several times slower
+        centred = x_TK.to(self._sum.dtype, copy=True).sub_(self._shift)
+        self._sum += weight @ centred
+        if original_TK is not None:
+            self.paired = True
+            # a small correction, so the inputs' own precision is enough for its products
+            gap = (original_TK - x_TK).mul_(weight[:, None].to(x_TK.dtype))
+            self._gap += gap.sum(0, dtype=self._gap.dtype)
+            if not self.diagonal:
+                self._drift += gap.T @ centred.to(x_TK.dtype)
+        centred.mul_(weight.sqrt()[:, None])
+        if self.diagonal:
+            self._second += centred.square().sum(0)
+        else:
+            for start in range(0, self.columns, _COLUMNS):
+                part = slice(start, start + _COLUMNS)
+                self._second[part, start:].addmm_(centred[:, part].T, centred[:, start:])
+
+    def finish(self, device: torch.device | str = "cpu", *, paired: bool = False) -> Moments:
+        """Return the moments; the sums are used up.
+
+        Zero tokens give zero mean and Hessian on `device`, and a zero drift if `paired`.
+        """
+        if not self.tokens:
+            zero = torch.zeros(self.columns, device=device)
+            square = zero if self.diagonal else torch.zeros(self.columns, self.columns, device=device)
+            return Moments(zero, square, 0, 0.0, square if paired else None, zero)
+        offset, gap = self._sum / self.total, self._gap / self.total
+        mean, hessian, drift = self._shift + offset, self._second.div_(self.total), self._drift.div_(self.total)
+        if not self.diagonal:
+            for start in range(_COLUMNS, self.columns, _COLUMNS):
+                part = slice(start, start + _COLUMNS)
+                hessian[part, :start] = hessian[:start, part].T
+        if self.centre and self.diagonal:
+            hessian -= offset.square()
+        elif self.centre:
+            hessian.addr_(offset, offset, alpha=-1)
+            drift.addr_(gap, offset, alpha=-1)
+        return Moments(
+            mean,
+            hessian,
+            self.tokens,
+            self.total**2 / self.squares,
+            drift if self.paired and not self.diagonal else None,
+            mean + gap,
+        )

@@ -19,6 +19,15 @@ _REQUIRED = (
     "num_key_value_heads",
     "vocab_size",
 )
+# what transformers takes for a gpt-oss config.json that says nothing about rope
+DEFAULT_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +67,42 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; expected a Hugging Face gpt-oss directory") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); copy the file again from its source") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); check that it is a readable file") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}; take it from the source")
     return value
+
+
+def _positive(raw: dict[str, Any], name: str, where: str, default: Any = None, *, whole: bool = False) -> Any:
+    """Return a field that must be a positive number (an integer with `whole`), or the default where it is null."""
+    value = raw.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
+        kind = "integer" if whole else "number"
+        raise InputError(f"{where}: {name} is {value!r}, expected a positive {kind}; take config.json from the source")
+    return value
+
+
+def _parse_rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the rotary settings as transformers resolves them: old and new field names, and its defaults."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
+    rope = DEFAULT_ROPE if rope is None else rope
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"{where}: rope_parameters is {rope!r}; expected one object with numbers, for all layers")
+    rope = dict(rope)
+    rope.setdefault("rope_theta", raw.get("rope_theta", 150000.0))
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise InputError(f"{where}: rope_type {rope['rope_type']!r} is unknown; expected 'default' or 'yarn'")
+    if unknown := {"mscale", "mscale_all_dim", "partial_rotary_factor"} & (rope.keys() | raw.keys()):
+        raise InputError(f"{where}: rope option(s) {sorted(unknown)} are not used by gpt-oss and not implemented")
+    _positive(rope, "rope_theta", where)
+    if rope["rope_type"] == "yarn":
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
+            # all but the factor have defaults
+            _positive(rope, name, where, None if name == "factor" else 1)
+    return rope
 
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -70,42 +112,39 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
             f"{where}: model_type is {raw.get('model_type')!r}, expected 'gpt_oss'; "
             "gptoss-quantize knows the gpt-oss architecture only"
         )
-    if missing := [name for name in _REQUIRED if not isinstance(raw.get(name), int)]:
-        raise InputError(f"{where}: {', '.join(missing)} missing or not an integer; expected gpt-oss sizes")
-    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 150000.0))
-    rope.setdefault("rope_type", "default")
-    if rope["rope_type"] not in ("default", "yarn"):
-        raise InputError(f"{where}: rope_type {rope['rope_type']!r} is unknown; expected 'default' or 'yarn'")
-    if unknown := {"mscale", "mscale_all_dim", "partial_rotary_factor"} & rope.keys():
-        raise InputError(f"{where}: rope option(s) {sorted(unknown)} are not used by gpt-oss and not implemented")
+    sizes = {name: _positive(raw, name, where, whole=True) for name in _REQUIRED}
+    layers, heads, experts = sizes["num_hidden_layers"], sizes["num_attention_heads"], sizes["num_local_experts"]
     default_types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
-    layer_types = tuple(raw.get("layer_types") or default_types)
-    if len(layer_types) != layers or set(layer_types) - {"sliding_attention", "full_attention"}:
+    layer_types = raw.get("layer_types") or default_types
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(layer_types, list) or len(layer_types) != layers or any(t not in known for t in layer_types):
         raise InputError(f"{where}: layer_types must name sliding_attention or full_attention for {layers} layers")
-    top_k = raw.get("num_experts_per_tok", raw.get("experts_per_token", 4))
-    if not 1 <= top_k <= raw["num_local_experts"]:
-        raise InputError(f"{where}: num_experts_per_tok {top_k} is outside 1..{raw['num_local_experts']}")
-    if heads % raw["num_key_value_heads"]:
-        raise InputError(f"{where}: {heads} heads are not a multiple of {raw['num_key_value_heads']} kv heads")
+    # experts_per_token is the name in OpenAI's own config
+    top_k = _positive(raw, "num_experts_per_tok", where, raw.get("experts_per_token", 4), whole=True)
+    if top_k > experts:
+        raise InputError(f"{where}: num_experts_per_tok {top_k} is outside 1..{experts}, the number of experts")
+    if heads % sizes["num_key_value_heads"]:
+        raise InputError(
+            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+            f"{sizes['num_key_value_heads']}; the weights and the config are not of one model"
+        )
     return ModelConfig(
-        hidden=raw["hidden_size"],
-        intermediate=raw["intermediate_size"],
+        hidden=sizes["hidden_size"],
+        intermediate=sizes["intermediate_size"],
         layers=layers,
-        experts=raw["num_local_experts"],
+        experts=experts,
         top_k=top_k,
         heads=heads,
-        kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        vocab=raw["vocab_size"],
-        max_positions=raw.get("max_position_embeddings", 131072),
-        rms_eps=raw.get("rms_norm_eps", 1e-5),
-        sliding_window=raw.get("sliding_window") or 128,
-        layer_types=layer_types,
-        rope=rope,
-        swiglu_limit=float(raw.get("swiglu_limit", 7.0)),
-        swiglu_alpha=float(raw.get("swiglu_alpha", 1.702)),
+        kv_heads=sizes["num_key_value_heads"],
+        head_dim=_positive(raw, "head_dim", where, sizes["hidden_size"] // heads, whole=True),
+        vocab=sizes["vocab_size"],
+        max_positions=_positive(raw, "max_position_embeddings", where, 131072, whole=True),
+        rms_eps=_positive(raw, "rms_norm_eps", where, 1e-5),
+        sliding_window=_positive(raw, "sliding_window", where, 128, whole=True),
+        layer_types=tuple(layer_types),
+        rope=_parse_rope(raw, where),
+        swiglu_limit=float(_positive(raw, "swiglu_limit", where, 7.0)),
+        swiglu_alpha=float(_positive(raw, "swiglu_alpha", where, 1.702)),
         attention_bias=bool(raw.get("attention_bias", True)),
         tied=bool(raw.get("tie_word_embeddings", False)),
         raw=raw,
@@ -135,5 +174,6 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     low, high = max(low, 0), min(high, dim - 1)
     width = high - low if high != low else 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
-    attention_factor = config.rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return inverse / factor * ramp + inverse * (1 - ramp), float(attention_factor)
+    default_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    attention_factor = float(config.rope.get("attention_factor") or default_factor)
+    return inverse / factor * ramp + inverse * (1 - ramp), attention_factor

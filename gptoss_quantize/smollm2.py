@@ -197,10 +197,10 @@ def sample_tokens(tokenizer: PreTrainedTokenizerFast, text: str, sequences: int,
     count = min(sequences, len(windows))
     sample = windows[torch.arange(count) * len(windows) // count].clone()
     for i in range(3, count, 4):
-        question, answer = (tokenizer.decode(half) for half in sample[i].chunk(2))
+        question, answer = (str(tokenizer.decode(half)) for half in sample[i].chunk(2))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        turns = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"][0]
-        sample[i, : len(turns)] = turns[:length]
+        turns = tokenizer(str(tokenizer.apply_chat_template(messages, tokenize=False)))["input_ids"]
+        sample[i, : len(turns)] = torch.tensor(turns[:length])
     return sample
 
 
@@ -231,3 +231,24 @@ def mlp(x: Tensor, layer: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The gated MLP: (its output, its gate before the activation, its up projection)."""
     gate, up = functional.linear(x, layer["gate_proj"]), functional.linear(x, layer["up_proj"])
     return functional.linear(functional.silu(gate) * up, layer["down_proj"]), gate, up
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """What a layer's MLP does on the sample: T tokens by D channels or F neurons."""
+
+    inputs: Tensor  # [T, D]
+    gate: Tensor  # [T, F], before the activation
+    up: Tensor  # [T, F]
+    weights: Tensor  # [T], what an error at this token weighs: the next norm divides by the size of the hidden state
+
+
+def sample_layer(hidden_BTD: Tensor, layer: dict[str, Tensor], config: LlamaConfig) -> tuple[Tensor, LayerSample]:
+    """Run one source layer: (hidden states after it, what its MLP did)."""
+    normed = rms_norm(hidden_BTD, layer["input_layernorm"], config.norm_eps)
+    hidden_BTD = hidden_BTD + attention(normed, layer, config)
+    inputs_BTD = rms_norm(hidden_BTD, layer["post_attention_layernorm"], config.norm_eps)
+    output, gate, up = mlp(inputs_BTD, layer)
+    hidden_BTD = hidden_BTD + output
+    weights_T = 1 / (hidden_BTD.square().mean(dim=-1).flatten() + config.norm_eps)
+    return hidden_BTD, LayerSample(inputs_BTD.flatten(0, 1), gate.flatten(0, 1), up.flatten(0, 1), weights_T)

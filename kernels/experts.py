@@ -32,9 +32,8 @@ class PackedExperts:
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
     """Return the clamped SwiGLU activations [..., F] of gate and up pre-activations [..., F]."""
     gate = gate_TF.clamp(max=limit)
-    # g * sigmoid(alpha g) = silu(alpha g) / alpha, one pass instead of three
-    glu = functional.silu(gate.mul_(alpha)).div_(alpha)
-    return up_TF.clamp(min=-limit, max=limit).add_(1).mul_(glu)
+    glu = torch.sigmoid(gate * alpha).mul_(gate)
+    return torch.addcmul(glu, up_TF.clamp(min=-limit, max=limit), glu)
 
 
 def gated(
@@ -42,11 +41,12 @@ def gated(
 ) -> torch.Tensor:
     """Return the input of down_proj [T, F] for interleaved gate/up weights [2F, D] and biases [2F].
 
-    Rows are taken apart before the product: two contiguous results are cheaper than strided views of one.
+    Rows are sorted into gates, then ups, before the product: halves of its result are cheaper to work on than
+    every other column.
     """
-    gate = functional.linear(x_TD, gate_up_RD[0::2], bias_R[0::2])
-    up = functional.linear(x_TD, gate_up_RD[1::2], bias_R[1::2])
-    return swiglu(gate, up, limit, alpha)
+    sorted_RD = torch.cat((gate_up_RD[0::2], gate_up_RD[1::2]))
+    gate_up_TR = functional.linear(x_TD, sorted_RD, torch.cat((bias_R[0::2], bias_R[1::2])))
+    return swiglu(*gate_up_TR.chunk(2, dim=-1), limit, alpha)
 
 
 def route(

@@ -22,26 +22,25 @@ SCALE_NAN = 255
 
 # magnitudes of the codes 0..7; bit 3 is the sign
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_VALUES = E2M1_MAGNITUDES + tuple(-value for value in E2M1_MAGNITUDES)
+E2M1_VALUES = (*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES))
 E2M1_MAX_EXPONENT = 2
-E8M0_VALUES = tuple(2.0 ** (code - SCALE_BIAS) for code in range(SCALE_NAN)) + (float("nan"),)
+E8M0_VALUES = (*(2.0 ** (code - SCALE_BIAS) for code in range(SCALE_NAN)), float("nan"))
 
 # bounds the temporaries of decode, whose index is wider than the bytes it looks up
 _DECODE_CHUNK_BYTES = 1 << 22
 
 
-def scales_to_float(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """E8M0 bytes to the powers of two they mean (255 is NaN)."""
-    table = torch.tensor(E8M0_VALUES, dtype=dtype, device=scales.device)
+def scales_to_float(scales: Tensor) -> Tensor:
+    """E8M0 bytes to the powers of two they mean, in float32 (255 is NaN)."""
+    table = torch.tensor(E8M0_VALUES, dtype=torch.float32, device=scales.device)
     return table[scales.int()]
 
 
 def shared_scales(weights: Tensor) -> Tensor:
     """The E8M0 byte of every group [..., R, G], by the specification's floor rule; a group of zeros gets 0."""
-    groups = _as_groups(weights)
-    maxima = groups.abs().amax(dim=-1)
+    maxima = _as_groups(weights).abs().amax(dim=-1)
     if not torch.isfinite(maxima).all():
-        raise ValueError("MXFP4 cannot hold NaN or Inf, and the weights contain one")
+        raise ValueError("MXFP4 weights must be finite, and these contain NaN or Inf")
     # frexp has the mantissa in [0.5, 1): its exponent is floor(log2(x)) + 1
     exponents = torch.frexp(maxima).exponent - 1
     codes = (exponents - E2M1_MAX_EXPONENT + SCALE_BIAS).clamp(0, SCALE_NAN - 1)
@@ -74,13 +73,15 @@ def unpack_codes(blocks: Tensor) -> Tensor:
 
 def encode(weights: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights [..., R, C] to (blocks [..., R, G, 16], scales [..., R, G]); given scales are kept as they are."""
+    groups = _as_groups(weights)
     if scales is None:
         scales = shared_scales(weights)
-    groups = _as_groups(weights)
-    if scales.shape != groups.shape[:-1]:
+    elif scales.shape != groups.shape[:-1]:
         raise ValueError(f"{scales.shape=} does not match the groups {groups.shape[:-1]} of {weights.shape=}")
-    compute_dtype = torch.promote_types(weights.dtype, torch.float32)
-    elements = groups.to(compute_dtype) / scales_to_float(scales, compute_dtype)[..., None]
+    # float32 at least: the smallest scales are below float16's range
+    elements = groups / scales_to_float(scales)[..., None]
+    if not torch.isfinite(elements).all():
+        raise ValueError("MXFP4 weights and scales must be finite, and these contain NaN or Inf")
     return pack_codes(nearest_codes(elements).flatten(-2)), scales
 
 
@@ -91,19 +92,14 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -
     bytes_flat, scales_flat = blocks.reshape(-1, BYTES_PER_GROUP), scales.reshape(-1)
     out = torch.empty(bytes_flat.shape[0], GROUP_SIZE, dtype=dtype, device=blocks.device)
     # one look-up gives both elements of a byte
-    pairs = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=blocks.device)[unpack_byte_table(blocks.device)]
+    codes = unpack_codes(torch.arange(256, device=blocks.device).view(256, 1, 1))
+    pairs = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=blocks.device)[codes]  # [256, 2]
     step = _DECODE_CHUNK_BYTES // BYTES_PER_GROUP
     for start in range(0, bytes_flat.shape[0], step):
         part = slice(start, start + step)
         elements = pairs[bytes_flat[part].int()].flatten(-2)  # [groups, 32]
         out[part] = elements * scales_to_float(scales_flat[part])[:, None]
     return out.view(*scales.shape[:-1], scales.shape[-1] * GROUP_SIZE)
-
-
-def unpack_byte_table(device: torch.device) -> Tensor:
-    """[256, 2] int32: the two codes of every byte."""
-    byte = torch.arange(256, dtype=torch.int32, device=device)
-    return torch.stack((byte & 15, byte >> 4), dim=-1)
 
 
 def _as_groups(weights: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ The objective is  sum over rows of  (w* - q) H (w* - q)^T.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -53,20 +54,37 @@ def factor(hessian_KK: torch.Tensor) -> tuple[torch.Tensor, int]:
     return lower.to(hessian_KK.dtype), retries
 
 
-def inverse_factor(hessian_EKK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (coupling U[j, k] / U[j, j] with H^-1 = U^T U, retries [E] of `factor`).
+@dataclass(slots=True)
+class Factored:
+    """Damped Hessians in the order their columns are visited: H[order][:, order]^-1 = U^T U, U = root * coupling."""
+
+    order: torch.Tensor  # [E, K], the stored column visited k-th
+    coupling: torch.Tensor  # [E, K, K], U with unit diagonal
+    root: torch.Tensor  # [E, K], the diagonal of U
+    retries: list[int]  # per expert, see `factor`
+
+
+def factorize(hessian_EKK: torch.Tensor, act_order: bool) -> Factored:
+    """Return the inverse factors of damped Hessians, columns by descending diagonal or as stored.
 
     H = V V^T with V upper triangular is the Cholesky factor of H with both axes reversed, and U = V^-1: one
     factorization and one triangular inverse, where the usual route takes two factorizations and a full inverse.
     """
-    coupling = torch.empty_like(hessian_EKK)
-    retries = torch.zeros(hessian_EKK.shape[0], dtype=torch.int64)
-    eye = torch.eye(hessian_EKK.shape[-1], dtype=hessian_EKK.dtype, device=hessian_EKK.device)
-    for e, hessian in enumerate(hessian_EKK):
-        lower, retries[e] = factor(hessian.flip(0, 1))
+    experts, columns = hessian_EKK.shape[:2]
+    order_EK = torch.arange(columns, device=hessian_EKK.device).expand(experts, columns)
+    if act_order:
+        diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
+        order_EK = torch.argsort(diagonal_EK, dim=-1, descending=True, stable=True)
+    coupling, root, retries = torch.empty_like(hessian_EKK), hessian_EKK.new_empty(experts, columns), []
+    eye = torch.eye(columns, dtype=hessian_EKK.dtype, device=hessian_EKK.device)
+    for e, (hessian, order) in enumerate(zip(hessian_EKK, order_EK, strict=True)):
+        backwards = order.flip(0)
+        lower, count = factor(hessian[backwards][:, backwards])
+        retries.append(count)
         upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-        coupling[e] = upper / upper.diagonal()[:, None]
-    return coupling, retries
+        root[e] = upper.diagonal()
+        torch.div(upper, root[e, :, None], out=coupling[e])
+    return Factored(order_EK, coupling, root, retries)
 
 
 def _walk(
@@ -103,29 +121,15 @@ def _within(
     return torch.baddbmm(value_EN.unsqueeze(1), row, delta_EKN[:, low:k], alpha=-1).squeeze(1)
 
 
-def gptq(
-    target_ENK: torch.Tensor,
-    hessian_EKK: torch.Tensor,
-    scale_ENG: torch.Tensor,
-    act_order: bool = True,
-    leaf: int = LEAF,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (int8 codes [E, N, K], Cholesky retries [E]) for damped Hessians and static, rounded scales.
+def gptq(target_ENK: torch.Tensor, factored: Factored, scale_ENG: torch.Tensor, leaf: int = LEAF) -> torch.Tensor:
+    """Return int8 codes [E, N, K] for static, rounded scales.
 
-    With `act_order` the columns are visited by descending Hessian diagonal; each keeps its own group's scale, so
-    the stored order does not change and no g_idx is needed.
+    Columns are visited in the factor's order; each keeps its own group's scale, so the stored order does not change
+    and no g_idx is needed.
     """
     E, N, K = target_ENK.shape
     group = K // scale_ENG.shape[-1]
-    diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
-    order_EK = (
-        torch.argsort(diagonal_EK, dim=-1, descending=True, stable=True)
-        if act_order
-        else torch.arange(K, device=target_ENK.device).expand(E, K)
-    )
-    permuted = torch.stack([h[o][:, o] for h, o in zip(hessian_EKK, order_EK, strict=True)])
-    coupling_EKK, retries_E = inverse_factor(permuted)
-    del permuted
+    order_EK, coupling_EKK = factored.order, factored.coupling
     state_EKN = torch.stack([w.T[o] for w, o in zip(target_ENK, order_EK, strict=True)])
     scale_EGN = scale_ENG.to(state_EKN.dtype).transpose(1, 2).contiguous()
     delta_EKN = torch.empty_like(state_EKN)
@@ -137,12 +141,12 @@ def gptq(
         for k in range(low, high):
             value_EN = _within(state_EKN, coupling_EKK, delta_EKN, low, k)
             scale_EN = scale_EGN[experts, group_EK[:, k]]
-            code_EN = torch.round(value_EN / scale_EN).clamp_(CODE_MIN, CODE_MAX)
-            delta_EKN[:, k] = torch.addcmul(value_EN, code_EN, scale_EN, value=-1)
+            code_EN = torch.div(value_EN, scale_EN).round_().clamp_(CODE_MIN, CODE_MAX)
+            torch.addcmul(value_EN, code_EN, scale_EN, value=-1, out=delta_EKN[:, k])
             codes_EKN[experts, order_EK[:, k]] = code_EN.to(torch.int8)
 
     _walk(state_EKN, coupling_EKK, delta_EKN, visit_block, leaf)
-    return codes_EKN.transpose(1, 2).contiguous(), retries_E
+    return codes_EKN.transpose(1, 2).contiguous()
 
 
 def refine(
@@ -191,14 +195,16 @@ def refine(
 
 
 def asymmetric_target(
-    weight_ENK: torch.Tensor, drift_EKK: torch.Tensor, damped_EKK: torch.Tensor, alpha: float
+    weight_ENK: torch.Tensor, drift_EKK: torch.Tensor, factored: Factored, alpha: float
 ) -> torch.Tensor:
     """Return W* = W + alpha W (G - H) (H + lambda I)^-1 (E4): the target that makes up for a quantized input.
 
     `drift` is G - H = cov(x - x^, x^), x the original input and x^ the one the quantized model will see.
     """
     corrected = torch.empty_like(weight_ENK)
-    for e, (weight, drift, damped) in enumerate(zip(weight_ENK, drift_EKK, damped_EKK, strict=True)):
-        lower, _ = factor(damped)
-        corrected[e] = weight + alpha * torch.cholesky_solve((weight @ drift).T, lower).T
+    for e, (weight, drift) in enumerate(zip(weight_ENK, drift_EKK, strict=True)):
+        order, unit, root = factored.order[e], factored.coupling[e], factored.root[e, :, None]
+        right_KN = (weight @ drift).T[order]
+        solved = unit.T @ ((unit @ right_KN) * root.square())
+        corrected[e, :, order] = weight[:, order] + alpha * solved.T
     return corrected

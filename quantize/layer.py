@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.calibration.moments import Moments, moments
+from gptoss_quantize.calibration.moments import Moments, MomentSums, token_blocks
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4
@@ -103,6 +103,11 @@ class _Job:
         """Return the experts' input in the folded model."""
         return x if self.input_scale is None else (x.float() / self.input_scale).to(x.dtype)
 
+    def sums(self, columns: int) -> MomentSums:
+        """Return empty sums for a projection's input, of the kind that the recipe needs."""
+        full = self.recipe.gptq or self.recipe.sweeps > 0
+        return MomentSums(columns, centre=self.recipe.centre, diagonal=not full)
+
     def sample(self, expert: int) -> awq.Sample:
         """Return at most SAMPLE_TOKENS of an expert's tokens, evenly spaced."""
         token, prob = self.tokens(expert)
@@ -171,14 +176,14 @@ def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: Layer
     if recipe.awq and recipe.awq_down:
         with clock("awq search"):
             experts, folds = _fold_down(job, chunk, originals, entries)
-    full = recipe.gptq or recipe.sweeps > 0
-
     with clock("moments"):
         stats = []
         for entry, e in zip(entries, chunk, strict=True):
             token, prob = job.tokens(e)
-            seen = job.seen(job.routed.x[token])
-            stats.append(moments(seen, prob**recipe.token_power, centre=recipe.centre, diagonal=not full))
+            sums = job.sums(job.config.hidden)
+            for rows in token_blocks(token.numel()):
+                sums.add(job.seen(job.routed.x[token[rows]]), prob[rows] ** recipe.token_power)
+            stats.append(sums.finish(job.routed.x.device))
             entry |= {"tokens": stats[-1].tokens, "effective_tokens": round(stats[-1].effective_tokens, 1)}
     with clock("solve"):
         wide = [e.gate_up if job.input_scale is None else e.gate_up * job.input_scale for e in experts]
@@ -229,25 +234,25 @@ def _down_moments(
 ) -> Moments:
     """Return the moments of the quantized model's down_proj input; adds the original output of the expert."""
     token, prob = job.tokens(e)
-    x = job.routed.x[token]
-    full = job.recipe.gptq or job.recipe.sweeps > 0
-    with job.clock("forward"):
-        cast = _to(original, x.dtype)
-        act = expert_act(x, cast, job.config)
-        y = functional.linear(act, cast.down, cast.down_bias)
-        assert result.out is not None
-        result.out.index_add_(0, token, y.float() * prob[:, None])
-        seen = _quantized_act(job, x, gate_up, at)
+    weighted = prob**job.recipe.token_power
+    dtype = job.routed.x.dtype
+    sums = job.sums(job.config.intermediate)
+    cast = _to(original, dtype)
+    weight, bias = gate_up.weight(at, dtype), gate_up.bias[at].to(dtype)
+    assert result.out is not None
+    for rows in token_blocks(token.numel()):
+        x = job.routed.x[token[rows]]
+        with job.clock("forward"):
+            act = expert_act(x, cast, job.config)
+            y = functional.linear(act, cast.down, cast.down_bias)
+            result.out.index_add_(0, token[rows], y.float().mul_(prob[rows, None]))
+            seen = gated(job.seen(x), weight, bias, job.config.swiglu_limit, job.config.swiglu_alpha)
+        with job.clock("moments"):
+            if fold is not None:
+                act = (act.float() / fold).to(dtype)
+            sums.add(seen, weighted[rows], act)
     with job.clock("moments"):
-        if fold is not None:
-            act = (act.float() / fold).to(act.dtype)
-        return moments(
-            seen,
-            prob**job.recipe.token_power,
-            centre=job.recipe.centre,
-            original_TK=act if job.recipe.asymmetric or job.recipe.centre else None,
-            diagonal=not full,
-        )
+        return sums.finish(job.routed.x.device, paired=not sums.diagonal)
 
 
 def _quantized_act(job: _Job, x: torch.Tensor, gate_up: Solution, at: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import Recipe
 
 # what the arrays of one batched solve may take, until a memory budget decides
-SOLVE_BYTES = 768 << 20
+SOLVE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +155,8 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
     if tokens is not None and int(tokens.ids.max()) >= config.vocab:
         raise InputError(
-            f"calibration text has token id {int(tokens.ids.max())}, the model's vocabulary ends at {config.vocab - 1}; "
-            "tokenizer and model do not belong together"
+            f"calibration text has token id {int(tokens.ids.max())}, the model's vocabulary ends at "
+            f"{config.vocab - 1}; tokenizer and model do not belong together"
         )
 
 
@@ -229,7 +229,7 @@ def _calibrate(
 def _solve_bytes(hidden: int, intermediate: int) -> int:
     """Return about what one expert needs in a batched solve: weights and four arrays of their size, Hessians."""
     weights = max(2 * intermediate * hidden, intermediate * hidden)
-    return 4 * (3 * intermediate * hidden + 5 * weights + 4 * max(hidden, intermediate) ** 2)
+    return 4 * (3 * intermediate * hidden + 5 * weights + 7 * max(hidden, intermediate) ** 2)
 
 
 def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, seconds: float) -> dict[str, Any]:

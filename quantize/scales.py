@@ -14,8 +14,8 @@ from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
 
 # ratios of the candidates to the full-range scale |w|max / 8; the second row is tried with the opposite sign,
 # where the largest weight can only reach code +7
-RATIOS = (0.70, 0.78, 0.84, 0.89, 0.93, 0.965, 1.0, 1.05)
-RATIOS_OPPOSITE = (0.80, 0.92, 1.02, 1.12)
+RATIOS = (0.76, 0.85, 0.92, 1.0, 1.05)
+RATIOS_OPPOSITE = (0.85, 1.0)
 
 # rows handled at a time: the working set of a chunk stays in the second-level cache
 _CHUNK_ELEMENTS = 1 << 17

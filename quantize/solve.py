@@ -1,12 +1,17 @@
-"""From weights and moments of a batch of experts to codes, scales and biases: the recipe, step by step."""
+"""From weights and moments of a batch of experts to codes, scales and biases: the recipe, step by step.
 
+On a CPU the batch is divided over threads, each working with single-threaded operations: a column step is too small
+to be worth sharing, while experts have nothing to wait for each other for.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from gptoss_quantize.calibration.moments import Moments
 from gptoss_quantize.kernels import int4
-from gptoss_quantize.quantize.gptq import asymmetric_target, damp, gptq, refine
+from gptoss_quantize.quantize.gptq import asymmetric_target, damp, factorize, gptq, refine
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.scales import absmax_scale, searched_scale, signed_scale
 
@@ -38,6 +43,35 @@ def solve(
     With drift in the moments the target is corrected for the quantized input; with a centred recipe the bias
     becomes b + W m - Q m^ (E3), which makes the mean output exact.
     """
+    experts, threads = weight_ENK.shape[0], torch.get_num_threads()
+    if stats is None or weight_ENK.device.type != "cpu" or min(experts, threads) == 1:
+        return _solve_batch(weight_ENK, bias_EN, stats, recipe, group_size)
+    share = -(-experts // threads)
+    parts = [slice(start, start + share) for start in range(0, experts, share)]
+
+    def work(part: slice) -> Solution:
+        # inference mode is a property of the thread
+        with torch.inference_mode():
+            return _solve_batch(weight_ENK[part], bias_EN[part], stats[part], recipe, group_size)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            solved = list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)
+    return Solution(
+        torch.cat([s.codes for s in solved]),
+        torch.cat([s.scale for s in solved]),
+        torch.cat([s.bias for s in solved]),
+        [count for s in solved for count in s.retries],
+    )
+
+
+def _solve_batch(
+    weight_ENK: torch.Tensor, bias_EN: torch.Tensor, stats: list[Moments] | None, recipe: Recipe, group_size: int
+) -> Solution:
+    """Solve one batch in the calling thread; see `solve`."""
     if stats is None:
         if recipe.calibrated:
             raise ValueError("this recipe needs calibration moments")
@@ -49,21 +83,22 @@ def solve(
     hessian = torch.stack([s.hessian for s in stats])
     effective = torch.tensor([s.effective_tokens for s in stats], device=hessian.device)
     damped, _ = damp(hessian, effective, recipe.damping, recipe.damping_starved)
-    target = weight_ENK
-    if recipe.asymmetric and all(s.drift is not None for s in stats):
-        drift = torch.stack([s.drift for s in stats if s.drift is not None])
-        target = asymmetric_target(weight_ENK, drift, damped, recipe.asymmetric)
+    target, factored = weight_ENK, None
+    if recipe.gptq:
+        factored = factorize(damped, recipe.act_order)
+        drifts = [s.drift for s in stats if s.drift is not None]
+        if recipe.asymmetric and drifts:
+            drift = torch.stack(drifts)
+            target = asymmetric_target(weight_ENK, drift, factored, recipe.asymmetric)
     importance = damped if damped.dim() == 2 else damped.diagonal(dim1=-2, dim2=-1)
     scale = {
         "absmax": lambda: absmax_scale(target, group_size),
         "signed": lambda: signed_scale(target, group_size),
         "search": lambda: searched_scale(target, importance, group_size),
     }[recipe.scale]()
-    if recipe.gptq:
-        codes, retries_E = gptq(target, damped, scale, recipe.act_order)
-        retries = retries_E.tolist()
-    else:
-        codes, retries = int4.quantize(target, scale), [0] * len(target)
+    codes = int4.quantize(target, scale) if factored is None else gptq(target, factored, scale)
+    retries = [0] * len(target) if factored is None else factored.retries
+    factored = None
     for _ in range(recipe.sweeps):
         scale, codes = refine(target, damped, scale, codes)
 

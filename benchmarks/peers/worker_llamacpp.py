@@ -38,13 +38,25 @@ def main() -> None:
         stdout=subprocess.PIPE,
     )
     window = str(tokens.shape[1])
-    collect = [binaries / "llama-imatrix", "-m", original, "-f", text, "-o", matrix, "-c", window, "-b", window]
+    collect: list[str | Path] = [
+        binaries / "llama-imatrix",
+        "-m",
+        original,
+        "-f",
+        text,
+        "-o",
+        matrix,
+        "-c",
+        window,
+        "-b",
+        window,
+    ]
     collect += ["-t", threads, "-ngl", "0", "--parse-special", "--no-ppl"]
     subprocess.run(collect, check=True)
     measured = time.perf_counter()
     # the overrides keep llama.cpp's own exceptions (a 5-bit down_proj here and there, 8-bit attention) out of
     # the comparison: the experts all get the named type, everything else stays as it was
-    quantize = [binaries / "llama-quantize", "--imatrix", matrix]
+    quantize: list[str | Path] = [binaries / "llama-quantize", "--imatrix", matrix]
     quantize += ["--output-tensor-type", "bf16", "--token-embedding-type", "bf16"]
     quantize += ["--tensor-type", "attn_.*=bf16", "--tensor-type", f"ffn_(gate|up|down)_exps={method}"]
     quantize += [original, out / "quantized.gguf", method.upper(), threads]

@@ -40,7 +40,7 @@ def recipe(method: str, group_size: int) -> list:
 def main() -> None:
     """argv: model, tokens, output directory, group size, method."""
     model_dir, tokens_path, out_dir, group_size, method = sys.argv[1:]
-    # 0.14.0.1's AWQ pins its cache unasked, which raises on a machine without an accelerator; pinning changes no value
+    # 0.14.0.1's AWQ pins its cache unasked and so raises where there is no accelerator; pinning changes no value
     IntermediatesCache.pin_memory = lambda *_: None
     started = time.perf_counter()
     with load_quantizable_moe():
