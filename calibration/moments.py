@@ -77,10 +77,10 @@ class MomentSums:
         centred.mul_(weight.sqrt()[:, None])
         if self.diagonal:
             self._second += centred.square().sum(0)
-        else:
-            for start in range(0, self.columns, _COLUMNS):
-                part = slice(start, start + _COLUMNS)
-                self._second[part, start:].addmm_(centred[:, part].T, centred[:, start:])
+            return
+        for start in range(0, self.columns, _COLUMNS):
+            part = slice(start, start + _COLUMNS)
+            self._second[part, start:].addmm_(centred[:, part].T, centred[:, start:])
 
     def finish(self, device: torch.device | str = "cpu", *, paired: bool = False) -> Moments:
         """Return the moments; the sums are used up.

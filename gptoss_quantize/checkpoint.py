@@ -23,6 +23,8 @@ from gptoss_quantize.shards import ShardFile, TensorInfo
 INDEX_NAMES = ("gptoss-int4.safetensors.index.json", "model.safetensors.index.json")
 SINGLE_NAME = "model.safetensors"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_INCOMPLETE = "config.json and weights are not of one whole model, get both from the source again"
+_INDEX_REMEDY = "get the index and all files it names from the source again"
 
 
 @dataclass(slots=True)
@@ -210,28 +212,36 @@ class Checkpoint:
         )
 
     def _detect_group_size(self) -> int:
-        shape = self.info("model.layers.0.mlp.experts.0.w13_weight_scale").shape
-        return self.config.hidden // shape[-1] if shape[-1] else 0
+        name = "model.layers.0.mlp.experts.0.w13_weight_scale"
+        if name not in self._shard_of:
+            raise InputError(f"{self.path}: tensor {name} is missing; {_INCOMPLETE}")
+        shape, hidden = self.info(name).shape, self.config.hidden
+        if len(shape) != 2 or not 1 <= shape[1] <= hidden or hidden % shape[1]:
+            raise InputError(
+                f"{self._shard_of[name].path}: {name} has shape {list(shape)}, expected one scale for every group "
+                f"of hidden_size {hidden}; {_INCOMPLETE}"
+            )
+        return hidden // shape[1]
 
     def _check_names_and_shapes(self) -> None:
         expected = dense_shapes(self.config) | expert_shapes(self.config, self.expert_format, self.group_size)
         for name, shape in expected.items():
             if name not in self._shard_of:
-                raise InputError(f"{self.path}: tensor {name} is missing; expected shape {list(shape)}")
+                raise InputError(f"{self.path}: tensor {name} is missing; {_INCOMPLETE}")
             info, file = self.info(name), self._shard_of[name].path
             if info.shape != shape:
                 raise InputError(
-                    f"{file}: {name} has shape {list(info.shape)}, config.json asks for {list(shape)}; "
-                    "the weights and the config are not of one model"
+                    f"{file}: {name} has shape {list(info.shape)}, config.json asks for {list(shape)}; {_INCOMPLETE}"
                 )
             allowed = _allowed_dtypes(name)
             if info.dtype not in allowed:
-                raise InputError(f"{file}: {name} has dtype {info.dtype}, expected one of {list(allowed)}")
+                listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+                raise InputError(f"{file}: {name} has dtype {info.dtype}, expected one of {listed}; {_INCOMPLETE}")
         if unknown := sorted(self._shard_of.keys() - expected.keys()):
             raise InputError(
                 f"{self._shard_of[unknown[0]].path}: {len(unknown)} unknown tensor(s), first {unknown[0]}; "
                 f"a gpt-oss checkpoint with {self.expert_format} experts has none of that name, and dropping it "
-                "would change the model"
+                "would change the model: take it out of the files, or use the original"
             )
 
 
@@ -246,21 +256,25 @@ def _open_shards(path: Path) -> dict[str, ShardFile]:
     index_path = next((path / name for name in INDEX_NAMES if (path / name).exists()), None)
     if index_path is None:
         if not (path / SINGLE_NAME).exists():
-            raise InputError(f"{path}: no weights; expected {SINGLE_NAME} or one of {', '.join(INDEX_NAMES)}")
+            raise InputError(
+                f"{path}: no weights; expected {SINGLE_NAME} or one of {', '.join(INDEX_NAMES)}; download them"
+            )
         single = ShardFile(path / SINGLE_NAME)
         return dict.fromkeys(single.tensors, single)
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index_path}: no weight_map; expected tensor name -> file name")
+        raise InputError(f"{index_path}: no weight_map of tensor names to file names; {_INDEX_REMEDY}")
     shards: dict[str, ShardFile] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise InputError(f"{index_path}: {name} points to {file!r}, outside the directory; expected a file name")
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+            raise InputError(f"{index_path}: {name} points to {file!r}, which is no file name; {_INDEX_REMEDY}")
         if file not in shards:
             shards[file] = ShardFile(path / file)
         if name not in shards[file].tensors:
-            raise InputError(f"{path / file}: {name} is missing, though {index_path.name} places it there")
+            raise InputError(
+                f"{path / file}: {name} is missing, though {index_path.name} places it there; {_INDEX_REMEDY}"
+            )
     for file, shard in shards.items():
         if extra := sorted(shard.tensors.keys() - weight_map.keys()):
-            raise InputError(f"{path / file}: {extra[0]} is not in {index_path.name}; files and index do not match")
+            raise InputError(f"{path / file}: {extra[0]} is not in {index_path.name}; {_INDEX_REMEDY}")
     return {name: shards[file] for name, file in weight_map.items()}

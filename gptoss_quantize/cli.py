@@ -66,14 +66,21 @@ ColumnOpt = Annotated[str | None, typer.Option(help="Column with the text or the
 ChatOpt = Annotated[bool, typer.Option("--chat-template/--no-chat-template", help="Render messages as chat.")]
 
 
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    """Quantize gpt-oss experts to int4 with AWQ and GPTQ, and measure what it cost."""
-    if version:
+def print_version(asked: bool) -> None:
+    """Print the version and stop, when asked."""
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    # a callback of the option, for this function is only called when a command follows
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantize gpt-oss experts to int4 with AWQ and GPTQ, and measure what it cost."""
 
 
 def progress() -> Progress:

@@ -64,8 +64,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a Hugging Face gpt-oss directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no such file; expected a Hugging Face gpt-oss directory with it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); copy the file again from its source") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); check that it is a readable file") from None
@@ -80,7 +80,9 @@ def _positive(raw: dict[str, Any], name: str, where: str, default: Any = None, *
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
         kind = "integer" if whole else "number"
-        raise InputError(f"{where}: {name} is {value!r}, expected a positive {kind}; take config.json from the source")
+        raise InputError(
+            f"{where}: {name} is {value!r}, expected a positive {kind}; take config.json from the source"
+        )
     return value
 
 
@@ -94,7 +96,9 @@ def _parse_rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     rope.setdefault("rope_theta", raw.get("rope_theta", 150000.0))
     rope.setdefault("rope_type", rope.get("type", "default"))
     if rope["rope_type"] not in ("default", "yarn"):
-        raise InputError(f"{where}: rope_type {rope['rope_type']!r} is unknown; expected 'default' or 'yarn'")
+        raise InputError(
+            f"{where}: rope_type {rope['rope_type']!r} is unknown; expected 'default' or 'yarn', as gpt-oss has"
+        )
     if unknown := {"mscale", "mscale_all_dim", "partial_rotary_factor"} & (rope.keys() | raw.keys()):
         raise InputError(f"{where}: rope option(s) {sorted(unknown)} are not used by gpt-oss and not implemented")
     _positive(rope, "rope_theta", where)

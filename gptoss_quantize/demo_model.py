@@ -258,7 +258,7 @@ def _staged(dest: Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be created ({error}); choose another folder") from None
     try:
         yield folder
-        pass
+        folder.rename(dest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -7,6 +7,7 @@ checkpoints make it stop instead.
 """
 
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ class PackedExpertsModule(nn.Module):
         run = EXPERT_KERNELS[self.kernel]
         out = run(flat, router_indices, routing_weights, packed, self.limit, self.alpha)
         return out.view_as(hidden_states)
+
+
+class PackedGptOssForCausalLM(GptOssForCausalLM):
+    """The model that `load` returns: experts packed, everything else as in transformers."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: stock transformers would find no experts in what it writes, and fill in random ones."""
+        raise InputError(
+            "a model with packed experts cannot be saved by transformers; copy the directory that it was loaded from"
+        )
 
 
 def read_packed(checkpoint: Checkpoint, layer: int) -> PackedExperts:
@@ -80,7 +91,8 @@ def load(
     config = checkpoint.config
     raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "gptoss_quantize")}
     with init_empty_weights(include_buffers=False):
-        model = GptOssForCausalLM(GptOssConfig.from_dict(raw))
+        # a copy, since transformers completes the rope settings in place
+        model = PackedGptOssForCausalLM(GptOssConfig.from_dict(deepcopy(raw)))
     for i, block in enumerate(model.model.layers):
         packed = read_packed(checkpoint, i)
         block.mlp.experts = PackedExpertsModule(packed, config.swiglu_limit, config.swiglu_alpha, kernel)
@@ -110,13 +122,26 @@ class _Auto(GptOssForCausalLM):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.bfloat16
         if dtype == "auto":
             dtype = torch.bfloat16
-        ignored = sorted(kwargs.keys() - {"config", "device_map"})
-        if ignored:
+        # AutoModel adds adapter_kwargs and some options without a value by itself
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if ignored := sorted(given - {"config", "device_map", "adapter_kwargs"}):
             warnings.warn(
                 f"gptoss_quantize ignores {ignored} when loading {pretrained_model_name_or_path}", stacklevel=2
             )
-        device = kwargs.get("device_map") or "cpu"
-        return load(pretrained_model_name_or_path, dtype=dtype, device=device if isinstance(device, str) else "cpu")
+        return load(pretrained_model_name_or_path, dtype=dtype, device=_one_device(kwargs.get("device_map")))
+
+
+def _one_device(device_map: Any) -> str:
+    """Return the device that a `device_map` stands for; a packed model lives on one."""
+    if isinstance(device_map, dict) and len(devices := set(device_map.values())) == 1:
+        (device_map,) = devices
+    if device_map in (None, "auto"):
+        return "cuda" if device_map and torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, int):
+        return f"cuda:{device_map}"
+    if isinstance(device_map, str | torch.device):
+        return str(device_map)
+    raise InputError(f"device_map {device_map!r}: a packed model lives on one device; give its name, or 'auto'")
 
 
 def register() -> None:

@@ -123,7 +123,7 @@ def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, d
     tokenizer = load_tokenizer(model)
     kind = Checkpoint(model).expert_format
     resolved = DTYPES[dtype] or compute_dtype("cpu")
-    network = (
+    network: Any = (
         load(model, dtype=resolved) if kind == "int4" else AutoModelForCausalLM.from_pretrained(model, dtype=resolved)
     )
     if raw:

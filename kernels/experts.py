@@ -46,7 +46,8 @@ def gated(
     """
     sorted_RD = torch.cat((gate_up_RD[0::2], gate_up_RD[1::2]))
     gate_up_TR = functional.linear(x_TD, sorted_RD, torch.cat((bias_R[0::2], bias_R[1::2])))
-    return swiglu(*gate_up_TR.chunk(2, dim=-1), limit, alpha)
+    gate_TF, up_TF = gate_up_TR.chunk(2, dim=-1)
+    return swiglu(gate_TF, up_TF, limit, alpha)
 
 
 def route(

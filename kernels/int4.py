@@ -63,9 +63,11 @@ def dequantize(codes_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtyp
 
 def quantize(weight_RC: torch.Tensor, scale_RG: torch.Tensor) -> torch.Tensor:
     """Return the nearest int8 codes [..., R, C] for given (already rounded) scales; ties go to even."""
+    # a quotient in bfloat16 would be rounded to a tie before it is rounded to a code
+    dtype = torch.promote_types(weight_RC.dtype, torch.float32)
     group = weight_RC.shape[-1] // scale_RG.shape[-1]
-    grouped = weight_RC.unflatten(-1, (scale_RG.shape[-1], group))
-    codes = torch.round(grouped / scale_RG.to(weight_RC.dtype).unsqueeze(-1)).clamp_(CODE_MIN, CODE_MAX)
+    grouped = weight_RC.to(dtype).unflatten(-1, (scale_RG.shape[-1], group))
+    codes = torch.round(grouped / scale_RG.to(dtype).unsqueeze(-1)).clamp_(CODE_MIN, CODE_MAX)
     return codes.flatten(-2).to(torch.int8)
 
 

@@ -24,7 +24,7 @@ from gptoss_quantize.kernels.experts import gated
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize.scales import signed_scale
 
-ALPHAS = tuple(i / 10 for i in range(11))
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 BETAS = (0.0, 0.2, 0.35, 0.5, 0.7)
 MAX_FOLD = 16.0
 

@@ -21,22 +21,18 @@ from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
 LEAF = 32
 
 
-def damp(
-    hessian_EKK: torch.Tensor, tokens_E: torch.Tensor, damping: float, starved: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (H + lambda I, lambda [E]) with lambda = (damping + starved * K / effective tokens) * mean diag H (E5).
+def damp_(hessian_EKK: torch.Tensor, tokens_E: torch.Tensor, damping: float, starved: float) -> torch.Tensor:
+    """Add lambda = (damping + starved * K / effective tokens) * mean diag H to the diagonals (E5); return lambda [E].
 
     An expert without tokens has no Hessian; it gets the identity, and the caller reports it. `hessian` may also be
     just the diagonals [E, K].
     """
-    columns = hessian_EKK.shape[-1]
-    damped = hessian_EKK.clone()
-    diagonal_EK = damped if damped.dim() == 2 else damped.diagonal(dim1=-2, dim2=-1)
+    diagonal_EK = hessian_EKK if hessian_EKK.dim() == 2 else hessian_EKK.diagonal(dim1=-2, dim2=-1)
     mean_E = diagonal_EK.mean(-1)
-    lambda_E = (damping + starved * columns / tokens_E.clamp(min=1.0).to(mean_E)) * mean_E
-    lambda_E = torch.where(mean_E > 0, lambda_E, 1.0)
+    relative_E = damping + starved * diagonal_EK.shape[-1] / tokens_E.clamp(min=1.0).to(mean_E)
+    lambda_E = torch.where(mean_E > 0, relative_E * mean_E, 1.0)
     diagonal_EK += lambda_E[:, None]
-    return damped, lambda_E
+    return lambda_E
 
 
 def factor(hessian_KK: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -93,21 +89,20 @@ def _walk(
     delta_EKN: torch.Tensor,
     leaf: Callable[[int, int], None],
     width: int,
+    low: int = 0,
+    high: int | None = None,
 ) -> None:
-    """Visit columns in blocks of `width`; before each block, `state` holds the effect of all earlier deltas."""
-
-    def visit(low: int, high: int) -> None:
-        blocks = -(-(high - low) // width)
-        if blocks == 1:
-            leaf(low, high)
-            return
-        middle = low + blocks // 2 * width
-        visit(low, middle)
-        coupling = coupling_EKK[:, low:middle, middle:high].transpose(1, 2)
-        state_EKN[:, middle:high].baddbmm_(coupling, delta_EKN[:, low:middle], alpha=-1)
-        visit(middle, high)
-
-    visit(0, state_EKN.shape[1])
+    """Visit columns low..high-1 in blocks of `width`; at a block, `state` holds the effect of all earlier deltas."""
+    high = state_EKN.shape[1] if high is None else high
+    blocks = -(-(high - low) // width)
+    if blocks == 1:
+        leaf(low, high)
+        return
+    middle = low + blocks // 2 * width
+    _walk(state_EKN, coupling_EKK, delta_EKN, leaf, width, low, middle)
+    coupling = coupling_EKK[:, low:middle, middle:high].transpose(1, 2)
+    state_EKN[:, middle:high].baddbmm_(coupling, delta_EKN[:, low:middle], alpha=-1)
+    _walk(state_EKN, coupling_EKK, delta_EKN, leaf, width, middle, high)
 
 
 def _within(

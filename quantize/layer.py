@@ -4,9 +4,10 @@ The block output that goes on to the next layer is the *original* model's: every
 original would see. Within an expert, down_proj is calibrated on what the quantized gate_up really gives it.
 """
 
+import ctypes
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,12 @@ class LayerResult:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     out: torch.Tensor | None = None  # [T, D] float32
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system (glibc keeps it otherwise: measured, 1.2 GiB of 1.7 on the demo model)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Clock:
@@ -158,6 +165,8 @@ def calibrated_layer(
         with clock("read"):
             experts = [_to(source.expert(index, e), device) for e in chunk]
         entries += _solve_chunk(job, chunk, experts, result)
+        del experts
+        release_memory()
     result.report["experts"] = entries
     return result
 

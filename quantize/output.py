@@ -8,13 +8,17 @@ whole files only, and `--resume` goes on from there. `OUT` itself appears in one
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.shards import ShardFile
 
 COPIED = (
     "tokenizer.json",
@@ -30,16 +34,29 @@ COPIED = (
     "USAGE_POLICY",
 )
 INDEX_NAME = "gptoss-int4.safetensors.index.json"
+REPORT_NAME = "quantization_report.json"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk into a message that says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: writing failed ({error}); free some space and run the same command with --resume"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 class HiddenFile:
@@ -70,7 +87,7 @@ class HiddenFile:
     def write(self, part: slice, hidden_NSD: torch.Tensor) -> None:
         """Write float32 sequences at their place."""
         start, _ = self._place(part)
-        with self.path.open("r+b", buffering=0) as file:
+        with _writing(self.path), self.path.open("r+b", buffering=0) as file:
             file.seek(start)
             view, done = memoryview(hidden_NSD.contiguous().numpy()).cast("B"), 0
             while done < len(view):
@@ -78,7 +95,7 @@ class HiddenFile:
 
     def flush(self) -> None:
         """Wait until the data is on disk."""
-        with self.path.open("r+b") as file:
+        with _writing(self.path), self.path.open("r+b") as file:
             os.fsync(file.fileno())
 
 
@@ -86,13 +103,11 @@ class Output:
     """A checkpoint under construction at `OUT.partial`; `finish` turns it into OUT."""
 
     def __init__(self, dest: Path, shards: int, settings: dict[str, Any], *, resume: bool, overwrite: bool):
-        self.dest, self.shards, self.settings = dest, shards, settings
-        self.partial = dest.with_name(dest.name + ".partial")
-        self._overwrite = overwrite
+        self.dest, self.shards, self.settings = Path(os.path.abspath(dest)), shards, settings
+        self.partial = self.dest.parent / (self.dest.name + ".partial")
         if resume and overwrite:
             raise InputError("--resume and --overwrite contradict each other; give one of them")
-        if dest.exists() and not overwrite:
-            raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
+        self._check_dest(overwrite)
         self.state: dict[str, Any] = {"settings": settings, "layers": [], "weight_map": {}, "bytes": 0, "seconds": {}}
         if self.partial.exists():
             if resume:
@@ -112,13 +127,31 @@ class Output:
         except OSError as error:
             raise InputError(f"{self.partial}: cannot be written ({error}); choose another place for OUT") from None
 
+    def _check_dest(self, overwrite: bool) -> None:
+        """Refuse a final name that is taken, or whose replacement would delete what is not ours."""
+        dest = self.dest
+        for name in ("source", "adapter"):
+            for place in (dest, self.partial):
+                if (path := self.settings.get(name)) and Path(path).resolve().is_relative_to(place.resolve()):
+                    raise InputError(f"{place}: holds the {name} {path}; choose another place for OUT")
+        if not os.path.lexists(dest):
+            return
+        if not overwrite:
+            raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
+        plain = dest.is_dir() and not dest.is_symlink()
+        if not plain or (any(dest.iterdir()) and not (dest / REPORT_NAME).is_file()):
+            raise InputError(
+                f"{dest}: not a checkpoint that gptoss-quantize wrote (no {REPORT_NAME}), so --overwrite does not "
+                "delete it; choose another name or remove it yourself"
+            )
+
     def _load_state(self) -> dict[str, Any]:
         path = self.partial / "state.json"
         if not path.exists():
             return self.state
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise InputError(f"{path}: unreadable ({error}); start again with --overwrite") from None
         before, now = state["settings"], json.loads(json.dumps(self.settings))
         if changed := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
@@ -127,6 +160,13 @@ class Output:
                 f"{self.partial}: cannot resume, the run has changed: {listed}. "
                 "Use the same command, or start again with --overwrite"
             )
+        for name in sorted(set(state["weight_map"].values())):
+            try:
+                stored = set(ShardFile(self.partial / name).tensors)
+            except InputError:
+                stored = set()
+            if stored != {tensor for tensor, shard in state["weight_map"].items() if shard == name}:
+                raise InputError(f"{self.partial / name}: changed since it was written; start again with --overwrite")
         return state
 
     def shard_name(self, number: int) -> str:
@@ -139,15 +179,13 @@ class Output:
         name = self.shard_name(number)
         temporary = self.partial / (name + ".tmp")
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        except (OSError, ValueError, RuntimeError) as error:
+            with _writing(self.partial / name):
+                save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(self.partial / name)
+        finally:
             temporary.unlink(missing_ok=True)
-            raise InputError(
-                f"{temporary}: writing failed ({error}); free some space and run the same command with --resume"
-            ) from error
-        temporary.replace(self.partial / name)
         self.state["weight_map"] |= dict.fromkeys(tensors, name)
         self.state["bytes"] += sum(t.numel() * t.element_size() for t in tensors.values())
 
@@ -163,15 +201,19 @@ class Output:
         """Write index, config, report and tokenizer files, then rename the directory to its final name."""
         for name in COPIED:
             if (source / name).is_file():
-                shutil.copyfile(source / name, self.partial / name)
+                with _writing(self.partial / name):
+                    shutil.copyfile(source / name, self.partial / name)
         total = {"total_size": self.state["bytes"]}
         write_json(self.partial / INDEX_NAME, {"metadata": total, "weight_map": self.state["weight_map"]})
         write_json(self.partial / "config.json", config)
-        write_json(self.partial / "quantization_report.json", report)
-        for leftover in ("state.json", "hidden-0.bin", "hidden-1.bin"):
+        write_json(self.partial / REPORT_NAME, report)
+        # the state last: until it is gone, an interrupted run is resumed here
+        for leftover in ("hidden-0.bin", "hidden-1.bin", "state.json"):
             (self.partial / leftover).unlink(missing_ok=True)
         replaced = self.dest.with_name(self.dest.name + ".replaced")
-        if self.dest.exists() and self._overwrite:
+        if self.dest.exists():
+            if replaced.exists():
+                shutil.rmtree(replaced)
             self.dest.rename(replaced)
         self.partial.rename(self.dest)
         if replaced.exists():

@@ -11,7 +11,7 @@ import torch
 
 from gptoss_quantize.calibration.moments import Moments
 from gptoss_quantize.kernels import int4
-from gptoss_quantize.quantize.gptq import asymmetric_target, damp, factorize, gptq, refine
+from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factorize, gptq, refine
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.scales import absmax_scale, searched_scale, signed_scale
 
@@ -80,9 +80,9 @@ def _solve_batch(
         codes = int4.quantize(weight_ENK, scale)
         return Solution(codes, scale, round_bias(bias_EN), [0] * len(codes))
 
-    hessian = torch.stack([s.hessian for s in stats])
-    effective = torch.tensor([s.effective_tokens for s in stats], device=hessian.device)
-    damped, _ = damp(hessian, effective, recipe.damping, recipe.damping_starved)
+    damped = torch.stack([s.hessian for s in stats])
+    effective = torch.tensor([s.effective_tokens for s in stats], device=damped.device)
+    damp_(damped, effective, recipe.damping, recipe.damping_starved)
     target, factored = weight_ENK, None
     if recipe.gptq:
         factored = factorize(damped, recipe.act_order)

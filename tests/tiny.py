@@ -6,11 +6,13 @@ SwiGLU limit, logits of order 3. 320 is a multiple of 64 and of 32, and not of 1
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -88,6 +90,9 @@ def make_model(config: GptOssConfig, seed: int = 0) -> GptOssForCausalLM:
             parameter.normal_(std=std, generator=generator)
             if "norm" in name:
                 parameter.add_(1)
+        if config.tie_word_embeddings:
+            # the head's scale, or logits would be four times larger
+            model.lm_head.weight.mul_(STD["lm_head.weight"])
     return model
 
 
@@ -179,6 +184,26 @@ class Tiny:
     def copy(self, kind: str, dest: Path) -> Path:
         """Return a private copy of a kind of checkpoint, to be damaged."""
         return Path(shutil.copytree(self.path(kind), dest))
+
+    def adapter(self, path: Path) -> Path:
+        """Save a random PEFT LoRA adapter on attention and on both expert tensors; `model` is not changed."""
+        return self.train(path)[0]
+
+    def train(self, path: Path) -> tuple[Path, GptOssForCausalLM]:
+        """Save a random adapter; return its directory and the float32 model that PEFT itself merges it into."""
+        model = GptOssForCausalLM(self.model().config).float()
+        model.load_state_dict(self.model().state_dict())
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], target_parameters=experts)
+        # PEFT warns of what it calls itself: deprecated properties of transformers, and what it will save
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            peft_model = get_peft_model(model, config)
+            for parameter in peft_model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+            peft_model.save_pretrained(str(path))
+            return path, peft_model.merge_and_unload()
 
     def ids(self, sequences: int = 4, positions: int = 48, seed: int = 1) -> Tensor:
         """Return random token ids [N, S]; 48 positions are beyond windows and YaRN's original context."""

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 INDEX_NAME = "model.safetensors.index.json"
+EMBEDDING_NAME = "model.embed_tokens.weight"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -40,6 +41,7 @@ class Job:
     group_size: int
     method: str
     keep_packed: bool
+    reuse_packed: bool
 
     @property
     def packed(self) -> Path:
@@ -56,6 +58,9 @@ def parse_job(description: str, methods: tuple[str, ...], group_sizes: tuple[int
     parser.add_argument("--group-size", type=int, choices=group_sizes, default=group_sizes[0])
     parser.add_argument("--method", choices=methods, default=methods[0])
     parser.add_argument("--keep-packed", action="store_true", help="keep the tool's own files in OUT_DIR.packed")
+    parser.add_argument(
+        "--reuse-packed", action="store_true", help="read OUT_DIR.packed of an earlier run instead of quantizing"
+    )
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         parser.error(f"{args.model} holds no config.json")
@@ -65,11 +70,14 @@ def parse_job(description: str, methods: tuple[str, ...], group_sizes: tuple[int
     if args.out.exists():
         parser.error(f"{args.out} exists; remove it or choose another name")
     paths = (args.model.resolve(), args.tokens.resolve(), args.out.resolve())
-    return Job(*paths, args.group_size, args.method, args.keep_packed)
+    return Job(*paths, args.group_size, args.method, args.keep_packed, args.reuse_packed)
 
 
 def measure(job: Job, worker: str, extra_env: dict[str, str]) -> dict[str, object]:
     """Run the worker script in a process of its own and return what it cost."""
+    cost_path = job.packed / "cost.json"
+    if job.reuse_packed:
+        return json.loads(cost_path.read_text())
     shutil.rmtree(job.packed, ignore_errors=True)
     job.packed.mkdir(parents=True)
     log_path = job.packed / "worker.log"
@@ -88,7 +96,7 @@ def measure(job: Job, worker: str, extra_env: dict[str, str]) -> dict[str, objec
         tail = log_path.read_text(errors="replace")[-4000:]
         raise SystemExit(f"{tail}\n{worker} ended with exit code {process.returncode}; whole log in {log_path}")
     worker_report = json.loads((job.packed / "worker.json").read_text())
-    return {
+    cost = {
         "wall_s": round(wall_s, 2),
         **worker_report,
         # ru_maxrss of a child covers the child and every process it waited for, the largest of them
@@ -98,6 +106,8 @@ def measure(job: Job, worker: str, extra_env: dict[str, str]) -> dict[str, objec
         "nice": os.nice(0),
         "load_before": round(load_before, 2),
     }
+    cost_path.write_text(json.dumps(cost))
+    return cost
 
 
 def describe(job: Job, tool: str, package: str | None) -> dict[str, object]:
@@ -120,24 +130,24 @@ class SourceModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.file_of: dict[str, Path] = {}
+        # kept open: a peer's file lists thousands of tensors, and each opening reads that list again
+        self.handle_of: dict[str, safe_open] = {}
         for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, "pt") as handle:
-                self.file_of.update(dict.fromkeys(handle.keys(), path))
-        if not self.file_of:
+            handle = safe_open(path, "pt")
+            self.handle_of.update(dict.fromkeys(handle.keys(), handle))
+        if not self.handle_of:
             raise SystemExit(f"{directory} holds no safetensors file")
 
     def __contains__(self, name: str) -> bool:
-        return name in self.file_of
+        return name in self.handle_of
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return list(self.file_of)
+        return list(self.handle_of)
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, read now."""
-        with safe_open(self.file_of[name], "pt") as handle:
-            return handle.get_tensor(name)
+        return self.handle_of[name].get_tensor(name)
 
 
 LinearReader = Callable[[int, int, str], ExpertLinear]
@@ -220,6 +230,9 @@ def _other_tensors(source: SourceModel, peer: Peer) -> tuple[dict[str, torch.Ten
         if peer.others is None:
             continue
         if name not in peer.others:
+            if name == "lm_head.weight" and torch.equal(original, peer.others.get(EMBEDDING_NAME)):
+                # llm-compressor saves one table where both hold the same values
+                continue
             raise SystemExit(f"{name} is missing from the files the tool wrote in {peer.others.directory}")
         written = peer.others.get(name)
         if not torch.equal(written.float(), original.float()):

@@ -37,9 +37,7 @@ def layer(seed: int = 0, outliers: bool = False):
         return tensor.bfloat16().float()
 
     experts = [
-        Expert(
-            stored(normal(2 * F, D) * 0.08), stored(normal(2 * F)), stored(normal(D, F) * 0.05), stored(normal(D))
-        )
+        Expert(stored(normal(2 * F, D) * 0.08), stored(normal(2 * F)), stored(normal(D, F) * 0.05), stored(normal(D)))
         for _ in range(E)
     ]
     norm = torch.exp(normal(D) * 0.3)
@@ -97,7 +95,7 @@ def test_folding_alone_changes_the_block_by_no_more_than_bf16_noise_in_the_route
 
 
 def test_powers_of_two_fold_bit_exactly():
-    x, dense, experts = layer()
+    x, dense, _ = layer()
     norm, router, bias = dense.values()
     generator = torch.Generator().manual_seed(4)
     two = 2.0 ** torch.randint(-2, 3, (D,), generator=generator)
@@ -169,7 +167,7 @@ def test_search_keeps_the_original_when_nothing_helps(monkeypatch):
 
 
 def test_search_down_helps_and_leaves_clamped_neurons_alone():
-    x, dense, experts = layer(seed=7)
+    x, _, experts = layer(seed=7)
     expert = experts[0]
     # half the neurons hardly fire
     expert.gate_up[0::4] *= 0.05

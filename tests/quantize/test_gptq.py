@@ -1,11 +1,13 @@
 """GPTQ and coordinate descent against their definitions, written out in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.quantize import gptq as module
-from gptoss_quantize.quantize.gptq import asymmetric_target, damp, factor, factorize, gptq, refine
+from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factor, factorize, gptq, refine
 from gptoss_quantize.quantize.scales import signed_scale
 
 GROUP = 32
@@ -121,7 +123,7 @@ def test_refine_never_raises_the_objective_and_keeps_scales_storable():
         scale, codes = refine(weight, hessian, scale, codes)
         assert torch.equal(scale, int4.round_scale(scale))
         values.append(loss(weight, codes, scale, hessian))
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         assert bool((after <= before * (1 + 1e-12)).all())
     assert bool((values[1] < 0.97 * values[0]).all()), "a sweep after GPTQ should gain several percent"
 
@@ -163,18 +165,18 @@ def test_a_hessian_that_will_not_factor_is_damped_and_counted():
 
 def test_damping_grows_as_tokens_become_few():
     hessian = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1) * 2
-    damped, added = damp(hessian, torch.tensor([4000.0, 4.0, 0.0]), 0.003, 0.2)
+    damped, diagonal = hessian.clone(), hessian.diagonal(dim1=1, dim2=2).clone()
+    added = damp_(damped, torch.tensor([4000.0, 4.0, 0.0]), 0.003, 0.2)
     assert added.tolist() == pytest.approx([2 * (0.003 + 0.2 * 4 / 4000), 2 * (0.003 + 0.2), 2 * (0.003 + 0.8)])
     assert torch.equal(damped[0], hessian[0] + added[0] * torch.eye(4, dtype=torch.float64))
-    diagonal, same = damp(hessian.diagonal(dim1=1, dim2=2), torch.tensor([4000.0, 4.0, 0.0]), 0.003, 0.2)
-    assert torch.equal(same, added)
+    assert torch.equal(damp_(diagonal, torch.tensor([4000.0, 4.0, 0.0]), 0.003, 0.2), added)
     assert torch.equal(diagonal, damped.diagonal(dim1=1, dim2=2))
 
 
 def test_no_hessian_at_all_becomes_the_identity():
-    damped, added = damp(torch.zeros(1, 5, 5), torch.zeros(1), 0.003, 0.2)
-    assert added.item() == 1
-    assert torch.equal(damped[0], torch.eye(5))
+    hessian = torch.zeros(1, 5, 5)
+    assert damp_(hessian, torch.zeros(1), 0.003, 0.2).item() == 1
+    assert torch.equal(hessian[0], torch.eye(5))
 
 
 def test_asymmetric_target_at_full_strength_is_the_least_squares_weight():
@@ -197,6 +199,5 @@ def test_inputs_are_not_changed():
     codes = gptq(weight, factorize(hessian, True), scale)
     before = codes.clone()
     refine(weight, hessian, scale, codes)
-    damp(hessian, torch.ones(2), 0.1, 0.1)
     assert all(map(torch.equal, (weight, hessian, scale, codes), (*kept, before)))
     assert module.LEAF >= 1

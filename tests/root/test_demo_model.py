@@ -324,6 +324,10 @@ def test_router_prefers_the_nearest_centroid(experts: int, top_k: int) -> None:
     assert sum(facts["token_share"]) == pytest.approx(top_k)
     selected = logits.topk(top_k, dim=1).indices
     assert facts["token_share"][0] == pytest.approx((selected == 0).any(dim=1).float().mean().item())
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    stored = {name: tensor.float() for name, tensor in reexpress.router_tensors(router, order).items()}
+    permuted = points[:, order] @ stored["mlp.router.weight"].T + stored["mlp.router.bias"]
+    torch.testing.assert_close(permuted, logits, rtol=0, atol=2**-8 * 8 * logits.abs().max().item())
     if experts > top_k:
         ranked = logits.sort(dim=1, descending=True).values
         assert (ranked[:, 0] - ranked[:, top_k]).median().item() == pytest.approx(2.0, rel=1e-4)

@@ -1,0 +1,50 @@
+# Every target works from a fresh clone: the first one that is run makes .venv and installs the package into it.
+# Without the CPU build of torch among pip's sources (PIP_FIND_LINKS or an index in pip.conf), pip takes the CUDA one.
+
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= demo-out
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+TYPES := $(abspath $(VENV))/types
+
+# our folders are named kernels, eval, ...: the current directory must not be on sys.path (tests/root/test_paths.py)
+export PYTHONSAFEPATH := 1
+# idle OpenMP threads must not spin while another thread works
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test lint bench wheel venv clean
+
+demo: $(STAMP)  ## make a real model, quantize it by every method, print the comparison (into OUT=demo-out)
+	$(BIN)/gptoss-quantize demo $(OUT) $(ARGS)
+
+test: $(STAMP)  ## run the tests (ARGS are pytest's)
+	$(BIN)/pytest $(ARGS)
+
+# type checkers cannot follow the editable install's import hook: lay the folders out as the wheel does
+lint: $(STAMP)  ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPES) && mkdir -p $(TYPES)
+	cp -r gptoss_quantize $(TYPES)/ && cp -r kernels calibration quantize eval $(TYPES)/gptoss_quantize/
+	cd $(TYPES) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+bench: $(STAMP)  ## time, memory and KL divergence of each option on the demo model, an hour on 2 idle cores
+	$(BIN)/python benchmarks/cost.py bench-out $(ARGS)
+
+wheel: $(STAMP)  ## build sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+venv: $(STAMP)  ## make the environment only
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf dist build .venv .venv-ci *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

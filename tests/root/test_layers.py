@@ -1,0 +1,125 @@
+"""Rules of CONTRIBUTING.md that a program can check, read from the syntax tree of the installed package."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_LINES = 450
+# each may import itself and those below it; modules of the root package that are not named are "root"
+ORDER = ("kernels", "root", "calibration", "quantize", "eval", "workflow", "cli")
+PACKAGES = ("", "kernels", "calibration", "quantize", "eval")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the five packages by its full name, __init__ as the package itself."""
+    out = {}
+    for package in PACKAGES:
+        name = ".".join(("gptoss_quantize", package)).rstrip(".")
+        for path in Path(str(import_module(name).__file__)).parent.glob("*.py"):
+            out[name if path.stem == "__init__" else f"{name}.{path.stem}"] = path
+    return out
+
+
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def layer(module: str) -> str:
+    """The entry of ORDER that a module of ours belongs to."""
+    part = module.split(".")[1] if "." in module else ""
+    return part if part in ORDER else "root"
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Full names that a module imports anywhere, at the top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            # `from package import module` imports the module
+            names |= {full if (full := f"{module}.{a.name}") in MODULES else module for a in node.names}
+    return names
+
+
+def ours(tree: ast.Module) -> set[str]:
+    """The modules of ours that a module imports."""
+    return {name for name in imports(tree) if name.split(".")[0] == "gptoss_quantize"}
+
+
+def nodes(kind: type) -> list[tuple[str, ast.AST]]:
+    """Every node of a kind, with its place."""
+    return [
+        (f"{MODULES[name]}:{node.lineno}", node)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kind)
+    ]
+
+
+def test_all_modules_are_read():
+    assert {layer(name) for name in MODULES} == set(ORDER)
+    assert len(MODULES) > 20
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_one_way(name):
+    own = ORDER.index(layer(name))
+    wrong = {other for other in ours(TREES[name]) if ORDER.index(layer(other)) > own}
+    assert not wrong, f"{name} ({ORDER[own]}) may import {', '.join(ORDER[: own + 1])} only"
+    missing = ours(TREES[name]) - MODULES.keys()
+    assert not missing, f"{name} imports what is not there"
+
+
+def test_no_import_cycle():
+    # raises CycleError with the cycle in its message
+    TopologicalSorter({name: ours(tree) for name, tree in TREES.items()}).prepare()
+
+
+def test_kernels_import_torch_only():
+    for name, tree in TREES.items():
+        if layer(name) == "kernels":
+            outside = {full.split(".")[0] for full in imports(tree)} - set(sys.stdlib_module_names)
+            assert outside <= {"torch", "gptoss_quantize"}, name
+
+
+def test_imports_are_absolute():
+    assert not [where for where, node in nodes(ast.ImportFrom) if node.level]
+
+
+def test_the_builtin_eval_is_not_hidden():
+    hidden = [
+        where
+        for where, node in nodes(ast.ImportFrom)
+        for alias in node.names
+        if (alias.asname or alias.name) == "eval" or alias.name == "*"
+    ]
+    assert not hidden
+
+
+def test_no_handler_swallows_everything():
+    # `except Exception` is allowed where it ends in a raise: some libraries raise nothing narrower
+    wrong = []
+    for where, handler in nodes(ast.ExceptHandler):
+        caught = set() if handler.type is None else {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
+        broad = handler.type is None or caught & {"Exception", "BaseException"}
+        if broad and not isinstance(handler.body[-1], ast.Raise):
+            wrong.append(where)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_module_says_what_it_is_for(name):
+    assert ast.get_docstring(TREES[name])
+
+
+def test_files_stay_short():
+    files = [*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert not {str(path): length for path, length in lengths.items() if length > MAX_LINES}
