@@ -20,7 +20,7 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.model import hidden_states, logits
 
-CHUNK_ELEMENTS = 1 << 25
+CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(slots=True)
@@ -43,27 +43,31 @@ def _mean_and_error(values_NS: torch.Tensor) -> tuple[float, float | None]:
 @torch.inference_mode()
 def compare_hidden(
     baseline: torch.Tensor,
-    candidate: torch.Tensor,
     baseline_head_VD: torch.Tensor,
-    candidate_head_VD: torch.Tensor,
+    candidates: list[tuple[torch.Tensor, torch.Tensor]],
     ids_NS: torch.Tensor,
-) -> PerToken:
-    """Return per-token comparisons of two models' final hidden states [N, S, D] under their output heads."""
+) -> list[PerToken]:
+    """Return per-token comparisons of each candidate (hidden states [N, S, D], head [V, D]) with the baseline.
+
+    The baseline's distribution over the vocabulary is computed once per chunk of tokens, for all candidates.
+    """
     N, S = ids_NS.shape
-    base, cand = baseline[:, :-1].flatten(0, 1), candidate[:, :-1].flatten(0, 1)
-    following = ids_NS[:, 1:].flatten()
-    values = torch.empty(4, len(following))
+    base = baseline[:, :-1].flatten(0, 1)
+    others = [(hidden[:, :-1].flatten(0, 1), head) for hidden, head in candidates]
+    following = ids_NS[:, 1:].reshape(-1, 1)
+    values = torch.empty(len(others), 4, len(following))
     step = max(1, CHUNK_ELEMENTS // baseline_head_VD.shape[0])
     for start in range(0, len(following), step):
         part = slice(start, start + step)
         log_p = torch.log_softmax(logits(base[part], baseline_head_VD), dim=-1)
-        log_q = torch.log_softmax(logits(cand[part], candidate_head_VD), dim=-1)
-        values[0, part] = -log_q.gather(1, following[part, None]).squeeze(1)
-        values[1, part] = -log_p.gather(1, following[part, None]).squeeze(1)
-        values[3, part] = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-        values[2, part] = (log_p.exp() * (log_p - log_q)).sum(-1)
-    nll, base_nll, kl, same = values.view(4, N, S - 1)
-    return PerToken(nll, base_nll, kl, same)
+        p, top, next_p = log_p.exp(), log_p.argmax(-1), log_p.gather(1, following[part])
+        for value, (hidden, head) in zip(values, others, strict=True):
+            log_q = torch.log_softmax(logits(hidden[part], head), dim=-1)
+            value[0, part] = -log_q.gather(1, following[part]).squeeze(1)
+            value[1, part] = -next_p.squeeze(1)
+            value[3, part] = (top == log_q.argmax(-1)).float()
+            value[2, part] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
+    return [PerToken(*value.view(4, N, S - 1)) for value in values]
 
 
 def summarize(tokens: PerToken) -> dict[str, Any]:
@@ -126,11 +130,9 @@ def evaluate(
     for candidate in candidates:
         check_pair(baseline, candidate, ids_NS)
     base = hidden_states(baseline, ids_NS, dtype, lambda _: on_layer())
-    base_head = baseline.head().to(dtype)
-    results = []
-    for candidate in candidates:
-        hidden = hidden_states(candidate, ids_NS, dtype, lambda _: on_layer())
-        head = candidate.head().to(dtype)
-        results.append(summarize(compare_hidden(base, hidden, base_head, head, ids_NS)))
-        del hidden, head
-    return results
+    others = [
+        (hidden_states(candidate, ids_NS, dtype, lambda _: on_layer()), candidate.head().to(dtype))
+        for candidate in candidates
+    ]
+    compared = compare_hidden(base, baseline.head().to(dtype), others, ids_NS)
+    return [summarize(tokens) for tokens in compared]

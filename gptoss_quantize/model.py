@@ -19,6 +19,7 @@ from gptoss_quantize.kernels.experts import gated, route, tokens_of
 # scores of one attention call stay below this many elements (256 MB of float32 mask and scores at most)
 MAX_MASK_ELEMENTS = 1 << 24
 BATCH_TOKENS = 4096
+EXPERT_BLOCK = 1024
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -131,9 +132,10 @@ def moe(
     out = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for e, expert in enumerate(experts):
         token, slot = tokens_of(index_TK, e)
-        if token.numel():
-            y = functional.linear(expert_act(x_TD[token], expert, config), expert.down, expert.down_bias)
-            out.index_add_(0, token, y.float() * prob_TK[token, slot, None])
+        # in blocks, so that intermediates stay in cache and malloc can reuse them
+        for rows, places in zip(token.split(EXPERT_BLOCK), slot.split(EXPERT_BLOCK), strict=True):
+            y = functional.linear(expert_act(x_TD[rows], expert, config), expert.down, expert.down_bias)
+            out.index_add_(0, rows, y.float().mul_(prob_TK[rows, places, None]))
     return out
 
 

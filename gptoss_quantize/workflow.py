@@ -121,6 +121,10 @@ def sample_text() -> str:
 def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, dtype: str) -> str:
     """Return the greedy continuation of a prompt; int4 checkpoints of ours are loaded packed."""
     tokenizer = load_tokenizer(model)
+    if raw and not prompt:
+        raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
+    if not raw and tokenizer.chat_template is None:
+        raise InputError(f"{model}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
     kind = Checkpoint(model).expert_format
     resolved = DTYPES[dtype] or compute_dtype("cpu")
     network: Any = (

@@ -162,12 +162,13 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
 
 def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, Any]:
     """Return everything the result depends on; a resumed run must have the same."""
-    files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in source.files()}
+    adapter = None if source.adapter is None else source.adapter.path
     return {
         "version": __version__,
         "source": str(source.path.resolve()),
-        "source_files": files,
-        "adapter": None if source.adapter is None else str(source.adapter.path),
+        "source_files": _identity(source.files()),
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "adapter_files": {} if adapter is None else _identity(sorted(adapter.glob("adapter_*"))),
         "method": job.method,
         "recipe": asdict(job.recipe),
         "group_size": job.group_size,
@@ -175,6 +176,11 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": job.device,
     }
+
+
+def _identity(files: list[Path]) -> dict[str, list[int]]:
+    """Return name -> [bytes, modification time in ns]: what must not change between a run and its continuation."""
+    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
 def _write_outer(source: Checkpoint, output: Output) -> None:

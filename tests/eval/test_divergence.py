@@ -87,13 +87,27 @@ def twin_summary(tokens: dict[str, np.ndarray]) -> dict[str, float]:
 # --- per token
 
 
+def compare(baseline, baseline_head_VD, candidate, candidate_head_VD, ids_NS):
+    (tokens,) = compare_hidden(baseline, baseline_head_VD, [(candidate, candidate_head_VD)], ids_NS)
+    return tokens
+
+
+def test_candidates_do_not_touch_each_other(pair):
+    head = pair["baseline_head_VD"]
+    others = [(pair["candidate"], pair["candidate_head_VD"]), (pair["baseline"], head)]
+    first, second = compare_hidden(pair["baseline"], head, others, pair["ids_NS"])
+    for name in PerToken.__slots__:
+        assert torch.equal(getattr(first, name), getattr(compare(**pair), name))
+    assert second.kl.abs().max() < 1e-6
+
+
 def test_per_token_values_are_their_definitions(pair):
     exact = twin(
         (pair["baseline"].double() @ pair["baseline_head_VD"].double().T).numpy(),
         (pair["candidate"].double() @ pair["candidate_head_VD"].double().T).numpy(),
         pair["ids_NS"].numpy(),
     )
-    got = compare_hidden(**pair)
+    got = compare(**pair)
     # a logit is a sum of D products of order 1; a log probability adds the rounding of one more sum
     tolerance = 4 * D * EPS
     for name in PerToken.__slots__:
@@ -106,21 +120,21 @@ def test_per_token_values_are_their_definitions(pair):
 
 @pytest.mark.parametrize("tokens_at_once", [1, 7, N * (S - 1)])
 def test_chunks_do_not_show(pair, monkeypatch, tokens_at_once):
-    whole = compare_hidden(**pair)
+    whole = compare(**pair)
     monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", tokens_at_once * V)
-    parts = compare_hidden(**pair)
+    parts = compare(**pair)
     for name in PerToken.__slots__:
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=4 * D * EPS, rtol=0)
 
 
 def test_a_vocabulary_beyond_the_chunk_is_still_compared(pair, monkeypatch):
     monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", V - 1)
-    assert compare_hidden(**pair).kl.shape == (N, S - 1)
+    assert compare(**pair).kl.shape == (N, S - 1)
 
 
 def test_identical_models_have_no_divergence_and_full_agreement(pair):
     pair |= {"candidate": pair["baseline"].clone(), "candidate_head_VD": pair["baseline_head_VD"].clone()}
-    tokens = compare_hidden(**pair)
+    tokens = compare(**pair)
     assert tokens.kl.abs().max() < 1e-6
     assert torch.equal(tokens.nll, tokens.baseline_nll)
     summary = summarize(tokens)
@@ -130,7 +144,7 @@ def test_identical_models_have_no_divergence_and_full_agreement(pair):
 
 def test_inputs_are_not_changed(pair):
     kept = {name: tensor.clone() for name, tensor in pair.items()}
-    compare_hidden(**pair)
+    compare(**pair)
     assert all(torch.equal(pair[name], kept[name]) for name in pair)
 
 
@@ -138,7 +152,7 @@ def test_inputs_are_not_changed(pair):
 
 
 def test_the_summary_is_that_of_numpy(pair):
-    tokens = compare_hidden(**pair)
+    tokens = compare(**pair)
     exact = twin_summary({name: getattr(tokens, name).double().numpy() for name in PerToken.__slots__})
     got = summarize(tokens)
     assert got.keys() == exact.keys()

@@ -125,7 +125,7 @@ def test_overwrite_never_deletes_the_source(tmp_path, monkeypatch, place):
     (model / REPORT_NAME).write_text("{}")
     monkeypatch.chdir(model if place in (".", "..") else tmp_path)
     for name in ("source", "adapter"):
-        settings = SETTINGS | {name: str(model)}
+        settings = {"source": None, name: str(model)}
         refused(lambda s=settings: begin(Path(place), settings=s, overwrite=True), f"holds the {name} {model}", "OUT")
         refused(
             lambda s=settings: begin(Path(place), settings=s), f"holds the {name} {model}", "choose another place"

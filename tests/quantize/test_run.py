@@ -1,0 +1,462 @@
+"""Whole quantization runs on a tiny model: what is written, interrupted and resumed at any moment, refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptoss_quantize import __version__
+from gptoss_quantize.adapter import Adapter
+from gptoss_quantize.calibration.text import Tokens
+from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize import run as run_module
+from gptoss_quantize.quantize.output import Output
+from gptoss_quantize.quantize.recipes import RECIPES, override
+from gptoss_quantize.quantize.run import Job, pick_device, quantization_config, quantize_checkpoint
+
+METHODS = ["rtn", "gptq", "awq", "awq+gptq"]
+
+
+def quantize(
+    source: Path, dest: Path, method="rtn", *, tokens: Tokens | None = None, adapter=None, on_layer=None, **job
+):
+    recipe = job.pop("recipe", RECIPES[method])
+    settings = Job(dest=dest, method=method, recipe=recipe, device=job.pop("device", "cpu"), **job)
+    checkpoint = Checkpoint(source, None if adapter is None else Adapter.open(adapter))
+    return quantize_checkpoint(checkpoint, settings, tokens, on_layer or (lambda index: None))
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(InputError) as error:
+        call()
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """Return a function from a method to (its directory, its report), each run once."""
+    root, made = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def make(method):
+        if method not in made:
+            tokens = tiny.tokens() if RECIPES[method].calibrated else None
+            made[method] = root / method, quantize(tiny.path("bf16"), root / method, method, tokens=tokens)
+        return made[method]
+
+    return make
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dense_tensors_are_copied_bit_for_bit(tiny, undisturbed, method):
+    source, (path, report) = tiny.load_all(tiny.path("bf16")), undisturbed(method)
+    written = tiny.load_all(path)
+    folded = {
+        f"model.layers.{i}.{name}"
+        for i, layer in enumerate(report["layers"])
+        if layer.get("awq", {}).get("alpha")
+        for name in ("post_attention_layernorm.weight", "mlp.router.weight")
+    }
+    assert bool(folded) == method.startswith("awq")
+    for name in dense_shapes(Checkpoint(path).config):
+        assert written[name].dtype == source[name].dtype
+        assert torch.equal(written[name], source[name]) != (name in folded), name
+
+
+def test_rtn_codes_are_the_nearest(tiny, undisturbed):
+    # the definition again: absmax / 7.5 in bfloat16, nearest code, biases as they were
+    path, _ = undisturbed("rtn")
+    source, checkpoint = Checkpoint(tiny.path("bf16")), Checkpoint(path)
+    for e in (0, 7):
+        original, base = source.expert(2, e), f"model.layers.2.mlp.experts.{e}."
+        for name, weight, bias in (
+            ("w13", original.gate_up, original.gate_up_bias),
+            ("w2", original.down, original.down_bias),
+        ):
+            groups = weight.unflatten(-1, (-1, 64))
+            scale = (groups.abs().amax(-1) / 7.5).to(torch.bfloat16)
+            codes = (groups / scale.float()[..., None]).round().clamp(-8, 7).flatten(-2).to(torch.int8)
+            assert torch.equal(checkpoint.read(f"{base}{name}_weight_scale"), scale)
+            assert torch.equal(int4.unpack(checkpoint.read(f"{base}{name}_weight_packed")), codes)
+            assert torch.equal(checkpoint.read(f"{base}{name}_bias").float(), bias)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_config_says_what_it_is(tiny, tmp_path, group_size):
+    quantize(tiny.path("mxfp4"), tmp_path / "out", group_size=group_size)
+    source = json.loads((tiny.path("mxfp4") / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert source.pop("quantization_config")["quant_method"] == "mxfp4"
+    marker = config.pop("gptoss_quantize")
+    assert config == source
+    assert marker == {"version": __version__, "format": "int4", "method": "rtn", "group_size": group_size}
+    assert quantization == quantization_config(group_size)
+    assert quantization["quant_method"] == "compressed-tensors"
+    assert quantization["config_groups"]["group_0"]["weights"]["group_size"] == group_size
+    assert Checkpoint(tmp_path / "out").group_size == group_size
+
+
+def test_files(tiny, undisturbed):
+    path, report = undisturbed("rtn")
+    source = tiny.path("bf16")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (path / name).read_bytes() == (source / name).read_bytes()
+    shards = sorted(p.name for p in path.glob("*.safetensors"))
+    assert shards == [f"gptoss-int4-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert not {p.name for p in path.iterdir()} & {"state.json", "hidden-0.bin", "hidden-1.bin"}
+    stored = sum(t.numel() * t.element_size() for shard in shards for t in load_file(path / shard).values())
+    index = json.loads((path / "gptoss-int4.safetensors.index.json").read_text())
+    assert report["bytes"] == index["metadata"]["total_size"] == stored
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_report(tiny, undisturbed, method):
+    path, returned = undisturbed(method)
+    report = json.loads((path / "quantization_report.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    settings = report["settings"]
+    assert settings["source"] == str(tiny.path("bf16").resolve())
+    assert (settings["method"], settings["group_size"], settings["device"]) == (method, 64, "cpu")
+    assert settings["recipe"]["gptq"] == method.endswith("gptq")
+    assert settings["source_files"].keys() == {p.name for p in tiny.path("bf16").glob("*.safetensors")}
+    assert report["expert_bits_per_weight"] == 4.25
+    assert report["seconds"] > 0
+    assert report["peak_rss_mib"] > 10
+    assert report["machine"]["torch"] == torch.__version__
+    assert len(report["layers"]) == 3
+    if method == "rtn":
+        assert report["calibration"] is None
+        return
+    tokens = tiny.tokens()
+    assert report["calibration"] == {"source": "tiny", "sha256": tokens.sha256, "shape": [16, 48]}
+    assert settings["calibration"] == tokens.sha256
+    for layer in report["layers"]:
+        # every token goes to four experts, and is counted there
+        assert sum(layer["tokens"]) == 4 * tokens.tokens
+        assert [e["tokens"] for e in layer["experts"]] == layer["tokens"]
+        assert [e["expert"] for e in layer["experts"]] == list(range(8))
+        assert all(0 < e["output_error"] < 1 for e in layer["experts"])
+    if method.startswith("awq"):
+        assert all({"alpha", "gain"} <= layer["awq"].keys() for layer in report["layers"])
+
+
+def test_token_counts_are_the_models_routing(tiny, undisturbed):
+    _, report = undisturbed("gptq")
+    source, counts = Checkpoint(tiny.path("bf16")), []
+    route = run_module.router
+    ids = tiny.tokens().ids
+    # the same counts from an independent pass of the model
+    import gptoss_quantize.model as model
+
+    original = model.router
+    try:
+        model.router = lambda x, layer, config: counts.append(original(x, layer, config)) or counts[-1]
+        hidden_states(source, ids)
+    finally:
+        model.router = original
+    assert route is original
+    for (index, _), layer in zip(counts, report["layers"], strict=True):
+        assert torch.bincount(index.flatten(), minlength=8).tolist() == layer["tokens"]
+
+
+def test_calibrated_methods_are_better(tiny, undisturbed):
+    ids = tiny.ids(8, seed=77)
+    source = Checkpoint(tiny.path("bf16"))
+    exact = logits(hidden_states(source, ids), source.head().float())
+
+    def divergence(method: str) -> float:
+        checkpoint = Checkpoint(undisturbed(method)[0])
+        got = logits(hidden_states(checkpoint, ids), checkpoint.head().float()).log_softmax(-1)
+        expected = exact.log_softmax(-1)
+        return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+    rtn, gptq, both = divergence("rtn"), divergence("gptq"), divergence("awq+gptq")
+    assert gptq < 0.8 * rtn
+    assert both < 0.8 * rtn
+    # random weights have no outliers for AWQ to move
+    assert divergence("awq") < rtn
+
+
+def test_experts_without_tokens_are_reported(tiny, tmp_path):
+    path = tiny.copy("float32", tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.router.bias"][5] = -1000.0
+    from safetensors.torch import save_file
+
+    save_file(tensors, path / "model.safetensors")
+    report = quantize(path, tmp_path / "out", "gptq", tokens=tiny.tokens())
+    assert report["experts_without_tokens"] == [[1, 5]]
+    assert report["layers"][1]["experts"][5]["output_error"] is None
+    assert torch.isfinite(Checkpoint(tmp_path / "out").expert(1, 5).down).all()
+
+
+# ---- interrupted and resumed
+
+
+class Killed(BaseException):
+    """What a test kills a run with; no handler of ours may catch it."""
+
+
+def interrupt(monkeypatch, where: str, layer: int):
+    """Let a run die at a given place of a given layer; return the on_layer callback to run it with."""
+
+    def on_layer(index: int) -> None:
+        if where == "after the layer" and index == layer:
+            raise KeyboardInterrupt
+
+    def die_at(owner, name: str, count: int) -> None:
+        method, calls = getattr(owner, name), []
+
+        def dying(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, dying)
+
+    if where == "before the state":
+        die_at(Output, "save_state", layer + 2)
+    elif where == "before the shard":
+        die_at(Output, "write_shard", layer + 2)
+    elif where == "before the first state":
+        die_at(Output, "save_state", 1)
+    elif where == "before the rename":
+        die_at(Path, "rename", 1)
+    return on_layer
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("where", "layer"),
+    [
+        ("after the layer", 0),
+        ("after the layer", 2),
+        ("before the state", 0),
+        ("before the state", 1),
+        ("before the shard", 1),
+        ("before the first state", 0),
+        ("before the rename", 0),
+    ],
+)
+def test_resumed_run_writes_the_same_bytes(tiny, undisturbed, tmp_path, monkeypatch, method, where, layer):
+    tokens = tiny.tokens() if RECIPES[method].calibrated else None
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        on_layer = interrupt(patch, where, layer)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny.path("bf16"), out, method, tokens=tokens, on_layer=on_layer)
+    assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    seen = []
+    report = quantize(tiny.path("bf16"), out, method, tokens=tokens, on_layer=seen.append, resume=True)
+    assert seen == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    expected, expected_report = undisturbed(method)
+    assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(expected))
+    assert report["layers"] == expected_report["layers"]
+    assert report["settings"] == expected_report["settings"]
+
+
+def compared(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return what must be the same: everything but the report, which has times."""
+    return {name: data for name, data in files.items() if name != "quantization_report.json"}
+
+
+def test_resume_does_not_repeat_finished_layers(tiny, tmp_path, monkeypatch):
+    def stop(index: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny.path("bf16"), out, "rtn", on_layer=stop)
+    read = []
+    expert = Checkpoint.expert
+    monkeypatch.setattr(
+        Checkpoint, "expert", lambda self, layer, e: read.append((layer, e)) or expert(self, layer, e)
+    )
+    quantize(tiny.path("bf16"), out, "rtn", resume=True)
+    assert read == [(2, e) for e in range(8)]
+
+
+def test_resumed_twice(tiny, undisturbed, tmp_path):
+    out, tokens = tmp_path / "out", tiny.tokens()
+
+    def stop_at(layer: int):
+        def stop(index: int) -> None:
+            if index == layer:
+                raise KeyboardInterrupt
+
+        return stop
+
+    for layer, resume in ((0, False), (1, True)):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, on_layer=stop_at(layer), resume=resume)
+    quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, resume=True)
+    assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(undisturbed("gptq")[0]))
+
+
+def test_same_bytes_every_time(tiny, undisturbed, tmp_path):
+    quantize(tiny.path("bf16"), tmp_path / "out", "awq+gptq", tokens=tiny.tokens())
+    assert compared(tiny.snapshot(tmp_path / "out")) == compared(tiny.snapshot(undisturbed("awq+gptq")[0]))
+
+
+# ---- overwrite
+
+
+def test_overwrite(tiny, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed("rtn")[0], out)
+    before = tiny.snapshot(tmp_path)
+    refused(lambda: quantize(tiny.path("bf16"), out), str(out), "already exists", "--overwrite")
+    refused(lambda: quantize(tiny.path("bf16"), out, resume=True), str(out), "already exists")
+
+    def stop(index: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny.path("bf16"), out, "rtn-signed", overwrite=True, on_layer=stop)
+    # the old one stands until the new one is whole
+    assert tiny.snapshot(out) == {name.removeprefix("out/"): data for name, data in before.items()}
+    quantize(tiny.path("bf16"), out, "rtn-signed", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert json.loads((out / "config.json").read_text())["gptoss_quantize"]["method"] == "rtn-signed"
+
+
+def test_overwrite_of_the_model_itself(tiny, tmp_path):
+    path = tiny.copy("bf16", tmp_path / "model")
+    (path / "quantization_report.json").write_text("{}")
+    before = tiny.snapshot(tmp_path)
+    for out in (path, tmp_path):
+        refused(lambda out=out: quantize(path, out, overwrite=True), f"{out}: holds the source", "choose another")
+    assert tiny.snapshot(tmp_path) == before
+
+
+# ---- adapter
+
+
+@pytest.mark.parametrize("kind", ["float32", "mxfp4"])
+def test_adapter_equals_peft_merged_model(tiny, tmp_path, kind):
+    adapter, merged = tiny.train(tmp_path / "adapter")
+    base = tiny.path(kind)
+    if kind == "mxfp4":
+        # PEFT's merge of the decoded experts: the adapter's change on top of them
+        state, plain = merged.state_dict(), tiny.model().state_dict()
+        stored, source = tiny.load_all(base), Checkpoint(base)
+        for name in state:
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                layer = int(name.split(".")[2])
+                part = "gate_up" if "gate_up" in name else "down"
+                decoded = torch.stack([getattr(e, part).T for e in source.experts(layer)])
+                state[name] = decoded + (state[name] - plain[name])
+            else:
+                state[name] = (stored[name].float() + (state[name] - plain[name])).to(stored[name].dtype).float()
+        merged.load_state_dict(state)
+    merged.save_pretrained(tmp_path / "merged")
+    quantize(base, tmp_path / "a", adapter=adapter)
+    quantize(tmp_path / "merged", tmp_path / "b")
+    ours, theirs, plain = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b"), Checkpoint(base)
+    same, count = 0, 0
+    for layer in range(3):
+        for e in range(8):
+            for name in ("w13", "w2"):
+                base_name = f"model.layers.{layer}.mlp.experts.{e}.{name}_weight_"
+                codes = [int4.unpack(c.read(base_name + "packed")) for c in (ours, theirs)]
+                scales = [c.read(base_name + "scale").float() for c in (ours, theirs)]
+                # sums in another order move a weight by an ulp, which is a code at a tie
+                same, count = same + int((codes[0] == codes[1]).sum()), count + codes[0].numel()
+                assert (codes[0] - codes[1]).abs().max() <= 1
+                torch.testing.assert_close(*scales, atol=0, rtol=2**-7)
+    assert same > 0.9999 * count
+    for name in dense_shapes(ours.config):
+        torch.testing.assert_close(ours.read(name).float(), theirs.read(name).float(), atol=1e-5, rtol=2**-7)
+    # and the adapter did something
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert (ours.read(name).float() - plain.read(name).float()).abs().max() > 0.05
+
+
+# ---- refused
+
+
+def test_group_size_that_does_not_divide(tiny, tmp_path):
+    tiny.build(tmp_path / "model", intermediate_size=352)
+    for group_size, fits in ((64, "use --group-size 32"), (48, "use --group-size 32")):
+        words = (str(tmp_path / "model"), "352 is not a multiple of group size", fits)
+        refused(lambda g=group_size: quantize(tmp_path / "model", tmp_path / "out", group_size=g), *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    quantize(tmp_path / "model", tmp_path / "out", group_size=32)
+
+
+def test_tokens_of_another_vocabulary(tiny, tmp_path):
+    tokens = tiny.tokens(2)
+    tokens.ids[1, 3] = 300
+    call = lambda: quantize(tiny.path("bf16"), tmp_path / "out", "gptq", tokens=tokens)  # noqa: E731
+    refused(call, "token id 300", "ends at 299", "tokenizer and model do not belong together")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_method_without_its_text(tiny, tmp_path):
+    refused(lambda: quantize(tiny.path("bf16"), tmp_path / "out", "gptq"), "method gptq needs", "--calibration")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_devices(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (pick_device("auto"), pick_device("cpu")) == ("cpu", "cpu")
+    for device, words in (("cuda", "use --device cpu"), ("cuda:1", "use --device cpu"), ("tpu", "auto, cpu or cuda")):
+        call = lambda d=device: quantize(tiny.path("bf16"), tmp_path / "out", device=d)  # noqa: E731
+        refused(call, f"--device {device}", words)
+    assert list(tmp_path.iterdir()) == []
+
+
+CHANGES = {
+    "method": {"method": "awq"},
+    "recipe": {"recipe": override(RECIPES["gptq"], ["damping=0.1"])},
+    "group_size": {"group_size": 32},
+    "calibration": {"tokens": 3},
+    "dtype": {"dtype": torch.bfloat16},
+    "source": {"source": "float32"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_resume_with_a_changed_option(tiny, tmp_path, name):
+    def stop(index: int) -> None:
+        raise KeyboardInterrupt
+
+    out, source = tmp_path / "out", tiny.path("bf16")
+    options = {"method": "gptq", "tokens": tiny.tokens(4), "dtype": torch.float32}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, **options, on_layer=stop)
+    change = dict(CHANGES[name])
+    if name == "calibration":
+        change = {"tokens": tiny.tokens(4, seed=3)}
+    if name == "source":
+        source = tiny.path(change.pop("source"))
+    before = tiny.snapshot(tmp_path)
+    words = (str(tmp_path / "out.partial"), "cannot resume", f"{name} was ", "start again with --overwrite")
+    refused(lambda: quantize(source, out, **(options | change), resume=True), *words)
+    assert tiny.snapshot(tmp_path) == before
+    # dropping the old run is the way out
+    quantize(source, out, "rtn", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_places_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(lambda: quantize(tiny.path("bf16"), tmp_path / "file" / "out"), "out.partial", "choose another place")
+    refused(
+        lambda: quantize(tiny.path("bf16"), tmp_path / "new", resume=True), "nothing to resume", "without --resume"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
