@@ -20,7 +20,7 @@ from gptoss_quantize import __version__
 from gptoss_quantize.errors import InputError
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     """Ctrl-C, as an exception that typer does not handle its own way: silently, or as exit code 1."""
 
 
@@ -32,7 +32,7 @@ class Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted from None
+            raise StoppedError from None
 
 
 app = typer.Typer(
@@ -311,6 +311,6 @@ def main() -> None:
     except InputError as error:
         console.print(f"[red]refused:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except (Interrupted, KeyboardInterrupt):
+    except (StoppedError, KeyboardInterrupt):
         console.print("interrupted; nothing stands under the final name, continue with --resume where offered")
         sys.exit(130)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -195,9 +196,9 @@ def run_demo(
 
 def demo_table(model: Path, reports: dict[str, dict[str, Any]], results: dict[str, dict[str, Any]]) -> Table:
     """Return the comparison table of a demo."""
-    table = Table(title="int4 experts, group 64, against the unquantized model")
-    for name in ("method", "bits", "perplexity", "KL mean", "KL p99", "top-1", "MiB", "seconds", "peak MiB"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table = Table(title="int4 experts, group 64, against the unquantized model", box=SIMPLE)
+    for name in ("method", "bits", "ppl", "KL mean", "KL p99", "top-1", "MiB", "seconds", "peak MiB"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     first = next(iter(results.values()))
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
     table.add_row(
