@@ -31,9 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 JARGON, POSTGRES = "Jargon File 4.4.7", "PostgreSQL 15 documentation"
 
-PLAIN = str.maketrans(
-    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\xa0": " ", "\u200b": None}
-)
+PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\xa0": " ", "\u200b": None})
 COARSE = re.compile(
     r"\b(\w*fuck\w*|\w*shit\w*|cunts?|cocksuck\w*|bitch\w*|bastard\w*|asshole\w*|whore\w*|nigg\w+|fag\w*|dildo\w*"
     r"|rape[sd]?|nazi\w*|sex\w*|porn\w*|penis\w*|vagina\w*|genital\w*|masturbat\w*|screw\w*|suck\w*|crap\w*|piss\w*"
@@ -223,9 +221,7 @@ class ManualPage(HTMLParser):
         if innermost.startswith("h"):
             text = re.sub(r"^(Chapter |Appendix )?[0-9A-Z]+(\.[0-9]+)*\. +", "", text)
         if innermost == "dt":
-            self._lead = (
-                f"{self._lead}{text}: " if not self._lead.endswith(": ") else f"{self._lead[:-2]}, {text}: "
-            )
+            self._lead = f"{self._lead}{text}: " if not self._lead.endswith(": ") else f"{self._lead[:-2]}, {text}: "
             return
         self.paragraphs.append(self._lead + text)
         self.prose += len(text) if innermost in {"p", "li", "dd"} else 0
@@ -274,9 +270,7 @@ def take(documents: Iterable[Document], characters: int, seen: set[str]) -> list
 
 def write(documents: list[Document], path: Path) -> None:
     """Write the documents as JSON lines, in the order of their hashes, and say what was written."""
-    lines = [
-        json.dumps({"text": d.text, "source": f"{d.source}: {d.name}"}, ensure_ascii=False) for d in documents
-    ]
+    lines = [json.dumps({"text": d.text, "source": f"{d.source}: {d.name}"}, ensure_ascii=False) for d in documents]
     data = "".join(line + "\n" for line in lines).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     # neither a time nor a file name in the header: the same texts give the same file

@@ -167,9 +167,7 @@ def _from_json_lines(path: Path, choice: tuple[str, ...], seed: int | None) -> I
                     'such as {"text": "..."}; correct or delete the line'
                 ) from error
             if not isinstance(row, dict):
-                raise InputError(
-                    f'{where}: a {type(row).__name__}; expected an object, such as {{"text": "..."}}'
-                )
+                raise InputError(f'{where}: a {type(row).__name__}; expected an object, such as {{"text": "..."}}')
             yield Record(row[_pick(row, choice, where)], where)
 
 
@@ -194,9 +192,7 @@ def _from_parquet(path: Path, choice: tuple[str, ...], seed: int | None) -> Iter
     try:
         with pq.ParquetFile(path) as file:
             column = _pick(file.schema_arrow.names, choice, str(path))
-            before = np.cumsum(
-                [0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))]
-            )
+            before = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
             for g in shuffled(file.num_row_groups, seed):
                 rows = file.read_row_group(g, columns=[column]).column(0)
                 for i in shuffled(len(rows), seed, g):
@@ -235,9 +231,7 @@ def _pick(columns: Iterable[str], choice: tuple[str, ...], where: str) -> str:
         if name in columns:
             return name
     expected = " or ".join(repr(name) for name in choice)
-    raise InputError(
-        f"{where}: no column {expected}, only {columns}; name the one that holds the text (--column)"
-    )
+    raise InputError(f"{where}: no column {expected}, only {columns}; name the one that holds the text (--column)")
 
 
 def _first_line(error: Exception) -> str:

@@ -99,9 +99,7 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint directory; never asks the network."""
     folder = Path(model_dir)
     file = folder / "tokenizer.json"
-    remedy = (
-        "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original model there"
-    )
+    remedy = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original model there"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory; expected a checkpoint with its tokenizer")
     if not file.is_file():

@@ -49,9 +49,7 @@ def test_packaged_names_stand_for_the_packaged_files() -> None:
 def test_calibration_and_heldout_text_share_nothing() -> None:
     calibration, heldout = packaged(default_calibration_path()), packaged(default_heldout_path())
     assert not {d["source"] for d in calibration} & {d["source"] for d in heldout}
-    paragraphs = [
-        {p.strip() for d in docs for p in d["text"].split("\n\n")} for docs in (calibration, heldout)
-    ]
+    paragraphs = [{p.strip() for d in docs for p in d["text"].split("\n\n")} for docs in (calibration, heldout)]
     assert len(paragraphs[0]) > 2000
     assert len(paragraphs[1]) > 500
     assert not paragraphs[0] & paragraphs[1]
@@ -131,9 +129,7 @@ def test_datasets_name_config_and_split_are_understood(monkeypatch: pytest.Monke
     ]
 
 
-@pytest.mark.parametrize(
-    "source", ["hf:no-such-org/no-such-set", "hf:no-such-org/no-such-set:en@test", "hf:"]
-)
+@pytest.mark.parametrize("source", ["hf:no-such-org/no-such-set", "hf:no-such-org/no-such-set:en@test", "hf:"])
 def test_data_sets_out_of_reach_are_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"hf:.*(cannot be loaded|names no data set).*expected hf:NAME"):
         read(source)

@@ -87,9 +87,7 @@ def text_of(spec: TextSpec, tokenizer) -> str:
 def assert_packed(spec: TextSpec, tokenizer, expected: str) -> None:
     """Compare the tokens with those of the expected text, up to the last whole sequence."""
     ids = tokenizer(expected)["input_ids"]
-    assert (
-        load_tokens(spec, tokenizer).ids.flatten().tolist() == ids[: len(ids) // spec.seq_len * spec.seq_len]
-    )
+    assert load_tokens(spec, tokenizer).ids.flatten().tolist() == ids[: len(ids) // spec.seq_len * spec.seq_len]
 
 
 # ---- kinds of sources
@@ -348,7 +346,5 @@ def test_unusable_files_are_refused(name: str, data: bytes, message: str, tmp_pa
 
 def test_conversations_without_a_chat_template_are_refused(tmp_path: Path, tokenizer) -> None:
     path = json_lines(tmp_path / "chat.jsonl", [{"messages": CHAT}])
-    with pytest.raises(
-        InputError, match=r"line 1: .*no chat template.*chat_template.jinja.*--no-chat-template"
-    ):
+    with pytest.raises(InputError, match=r"line 1: .*no chat template.*chat_template.jinja.*--no-chat-template"):
         load_tokens(ordered(path), tokenizer)

@@ -53,9 +53,7 @@ def tiny_model(intermediate: int = 24) -> GptOssForCausalLM:
 def train(model: GptOssForCausalLM, path: Path, **options) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Save a random adapter made by PEFT; return the state dict before and after PEFT's own merge."""
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    peft_model = get_peft_model(
-        model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": [], **options})
-    )
+    peft_model = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": [], **options}))
     with torch.no_grad():
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
@@ -191,9 +189,7 @@ def test_checkpoint_reads_the_merged_model(tmp_path):
     ):
         torch.testing.assert_close(checkpoint.dense(name), merged[name], **TOLERANCE)
     for layer in range(2):
-        fused = {
-            name: merged[f"model.layers.{layer}.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")
-        }
+        fused = {name: merged[f"model.layers.{layer}.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")}
         for e, expert in enumerate(checkpoint.experts(layer)):
             torch.testing.assert_close(expert.gate_up, fused["gate_up_proj"][e].T, **TOLERANCE)
             torch.testing.assert_close(expert.down, fused["down_proj"][e].T, **TOLERANCE)
@@ -295,9 +291,7 @@ def swap(tensors: dict[str, Tensor], old: str, new: str) -> None:
             "q_proj.lora_A.weight is not known",
         ),
         (
-            lambda t: t.update(
-                {"base_model.model.model.layers.0.mlp.experts.down_proj": torch.zeros(4, 24, 32)}
-            ),
+            lambda t: t.update({"base_model.model.model.layers.0.mlp.experts.down_proj": torch.zeros(4, 24, 32)}),
             "experts.down_proj is not known in a LoRA adapter",
         ),
         (

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 450
+MAX_TEST_LINES = 500
 # each may import itself and those below it; modules of the root package that are not named are "root"
 ORDER = ("kernels", "root", "calibration", "quantize", "eval", "workflow", "cli")
 PACKAGES = ("", "kernels", "calibration", "quantize", "eval")
@@ -120,6 +121,7 @@ def test_every_module_says_what_it_is_for(name):
 
 
 def test_files_stay_short():
-    files = [*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert not {str(path): length for path, length in lengths.items() if length > MAX_LINES}
+    limits = dict.fromkeys([*MODULES.values(), *(ROOT / "benchmarks").rglob("*.py")], MAX_LINES)
+    limits |= dict.fromkeys((ROOT / "tests").rglob("*.py"), MAX_TEST_LINES)
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in limits}
+    assert not {str(path): length for path, length in lengths.items() if length > limits[path]}
