@@ -4,10 +4,14 @@ The numbers behind the defaults stand in docs/lab-notes.md; E1-E9 are the equati
 `quantize.gptq`, `quantize.scales` and `calibration.moments`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gptoss_quantize.errors import InputError
+
+
+SCALES = ("absmax", "signed", "search")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,28 +45,27 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def override(recipe: Recipe, settings: list[str]) -> Recipe:
-    """Return the recipe with `name=value` settings applied; InputError for an unknown name or a wrong type."""
-    kinds = {f.name: f.type for f in fields(Recipe)}
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, _, text = setting.partition("=")
-        if name not in kinds:
-            raise InputError(f"unknown recipe field {name!r}; known: {', '.join(kinds)}")
-        try:
-            values[name] = {"bool": _parse_bool, "int": int, "float": float, "str": str}[str(_name(kinds[name]))](
-                text
-            )
-        except ValueError:
-            raise InputError(f"recipe field {name}: {text!r} is not a {_name(kinds[name])}") from None
-    return replace(recipe, **values)
-
-
-def _name(kind: Any) -> str:
-    return kind if isinstance(kind, str) else kind.__name__
-
-
 def _parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError(text)
     return text.lower() == "true"
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"bool": _parse_bool, "int": int, "float": float, "str": str}
+
+
+def override(recipe: Recipe, settings: list[str]) -> Recipe:
+    """Return the recipe with `name=value` settings applied; InputError for an unknown name or a wrong value."""
+    kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(Recipe)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in kinds:
+            raise InputError(f"unknown recipe field {name!r}; known: {', '.join(kinds)} (--set name=value)")
+        try:
+            values[name] = _PARSERS[kinds[name]](text)
+        except ValueError:
+            raise InputError(f"recipe field {name}: {text!r} is not a {kinds[name]} (--set name=value)") from None
+    if (scale := values.get("scale", recipe.scale)) not in SCALES:
+        raise InputError(f"recipe field scale: {scale!r} is unknown; expected one of {', '.join(SCALES)}")
+    return replace(recipe, **values)

@@ -1,0 +1,32 @@
+"""Recipes are values; a mistyped field or value is refused, not dropped."""
+
+import pytest
+
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.quantize.recipes import RECIPES, override
+
+
+def test_override():
+    changed = override(RECIPES["gptq"], ["sweeps=2", "centre=false", "damping=0.01", "scale=signed"])
+    assert (changed.sweeps, changed.centre, changed.damping, changed.scale) == (2, False, 0.01, "signed")
+    assert changed.gptq
+    assert override(RECIPES["awq"], []) == RECIPES["awq"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sweep=2", "unknown recipe field 'sweep'"),
+        ("sweeps", "'' is not a int"),
+        ("sweeps=two", "'two' is not a int"),
+        ("centre=0", "'0' is not a bool"),
+        ("scale=minmax", "'minmax' is unknown; expected one of absmax, signed, search"),
+    ],
+)
+def test_mistakes_are_refused(setting, words):
+    with pytest.raises(InputError, match=words):
+        override(RECIPES["gptq"], [setting])
+
+
+def test_only_plain_rounding_needs_no_text():
+    assert [name for name, recipe in RECIPES.items() if not recipe.calibrated] == ["rtn", "rtn-signed"]
