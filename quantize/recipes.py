@@ -10,7 +10,6 @@ from typing import Any
 
 from gptoss_quantize.errors import InputError
 
-
 SCALES = ("absmax", "signed", "search")
 
 
