@@ -9,6 +9,7 @@ over the tokens, and no cancellation where a channel's mean is large against its
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ class MomentSums:
 
     def _start(self, x_TK: torch.Tensor, weight_T: torch.Tensor) -> None:
         dtype = torch.promote_types(x_TK.dtype, torch.float32)
-        kind = {"dtype": dtype, "device": x_TK.device}
+        kind: dict[str, Any] = {"dtype": dtype, "device": x_TK.device}
         share = (weight_T / weight_T.sum()).to(dtype)
         self._shift = share @ x_TK.to(dtype) if self.centre else torch.zeros(self.columns, **kind)
         # drift multiplies in the inputs' own precision, and must be centred on a value of that precision

@@ -76,7 +76,7 @@ class HiddenFile:
         data = torch.empty(shape, dtype=torch.float32)
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(data.numpy()).cast("B"), 0
+            view, done = memoryview(data.numpy().data).cast("B"), 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
@@ -89,7 +89,7 @@ class HiddenFile:
         start, _ = self._place(part)
         with _writing(self.path), self.path.open("r+b", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(hidden_NSD.contiguous().numpy()).cast("B"), 0
+            view, done = memoryview(hidden_NSD.contiguous().numpy().data).cast("B"), 0
             while done < len(view):
                 done += file.write(view[done:])
 

@@ -200,7 +200,7 @@ def _calibrate(
     source: Checkpoint, index: int, job: Job, output: Output, shape: tuple[int, int, int], clock: Clock
 ) -> LayerResult:
     """Run one layer on the hidden states of the previous one, quantize it, leave hidden states for the next."""
-    config = source.config
+    config, dtype = source.config, job.dtype or compute_dtype(job.device)
     sequences, positions, width = shape
     before, after = output.hidden(index, shape), output.hidden(index + 1, shape)
     with clock("read"):
@@ -208,16 +208,16 @@ def _calibrate(
     rope = rope_tables(config, positions, job.device)
     count, per = sequences * positions, config.top_k
     routed = Routed(
-        torch.empty(count, width, dtype=job.dtype, device=job.device),
+        torch.empty(count, width, dtype=dtype, device=job.device),
         torch.empty(count, per, dtype=torch.int64, device=job.device),
         torch.empty(count, per, dtype=torch.float32, device=job.device),
     )
     with clock("attention"):
         for batch in batches(sequences, positions):
-            h = attend(before.read(batch).to(job.device), dense, config, index, rope, job.dtype)
+            h = attend(before.read(batch).to(job.device), dense, config, index, rope, dtype)
             x = mlp_input(h.flatten(0, 1), dense, config)
             part = slice(batch.start * positions, batch.stop * positions)
-            routed.x[part] = x.to(job.dtype)
+            routed.x[part] = x.to(dtype)
             routed.index[part], routed.prob[part] = router(x, dense, config)
             after.write(batch, h.cpu())
     at_once = max(1, SOLVE_BYTES // _solve_bytes(config.hidden, config.intermediate))
