@@ -241,11 +241,15 @@ def _fold_down(
 def _down_moments(
     job: _Job, e: int, original: Expert, gate_up: Solution, at: int, fold: torch.Tensor | None, result: LayerResult
 ) -> Moments:
-    """Return the moments of the quantized model's down_proj input; adds the original output of the expert."""
+    """Return the moments of down_proj's input; adds the original output of the expert to `result`.
+
+    With full Hessians the input is what the quantized gate_up gives, with the drift from the original one.
+    """
     token, prob = job.tokens(e)
     weighted = prob**job.recipe.token_power
     dtype = job.routed.x.dtype
     sums = job.sums(job.config.intermediate)
+    full = not sums.diagonal
     cast = _to(original, dtype)
     weight, bias = gate_up.weight(at, dtype), gate_up.bias[at].to(dtype)
     assert result.out is not None
@@ -255,13 +259,18 @@ def _down_moments(
             act = expert_act(x, cast, job.config)
             y = functional.linear(act, cast.down, cast.down_bias)
             result.out.index_add_(0, token[rows], y.float().mul_(prob[rows, None]))
-            seen = gated(job.seen(x), weight, bias, job.config.swiglu_limit, job.config.swiglu_alpha)
+            if full:
+                seen = gated(job.seen(x), weight, bias, job.config.swiglu_limit, job.config.swiglu_alpha)
         with job.clock("moments"):
             if fold is not None:
                 act = (act.float() / fold).to(dtype)
-            sums.add(seen, weighted[rows], act)
+            if full:
+                sums.add(seen, weighted[rows], act)
+            else:
+                # an importance per column needs no quantized input, which would take one more forward pass
+                sums.add(act, weighted[rows])
     with job.clock("moments"):
-        return sums.finish(job.routed.x.device, paired=not sums.diagonal)
+        return sums.finish(job.routed.x.device, paired=full)
 
 
 def _quantized_act(job: _Job, x: torch.Tensor, gate_up: Solution, at: int) -> torch.Tensor:

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from gptoss_quantize import __version__
+from gptoss_quantize import __version__, model
 from gptoss_quantize.adapter import Adapter
-from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.model import hidden_states, logits
-from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import RECIPES, override
 from gptoss_quantize.quantize.run import Job, pick_device, quantization_config, quantize_checkpoint
@@ -23,13 +21,12 @@ from gptoss_quantize.quantize.run import Job, pick_device, quantization_config, 
 METHODS = ["rtn", "gptq", "awq", "awq+gptq"]
 
 
-def quantize(
-    source: Path, dest: Path, method="rtn", *, tokens: Tokens | None = None, adapter=None, on_layer=None, **job
-):
-    recipe = job.pop("recipe", RECIPES[method])
-    settings = Job(dest=dest, method=method, recipe=recipe, device=job.pop("device", "cpu"), **job)
+def quantize(source: Path, dest: Path, method="rtn", *, tokens=None, adapter=None, on_layer=None, **options):
+    # in float32, so that machines with and without bfloat16 products do the same
+    defaults = {"recipe": RECIPES[method], "device": "cpu", "dtype": torch.float32}
+    job = Job(dest=dest, method=method, **(defaults | options))
     checkpoint = Checkpoint(source, None if adapter is None else Adapter.open(adapter))
-    return quantize_checkpoint(checkpoint, settings, tokens, on_layer or (lambda index: None))
+    return quantize_checkpoint(checkpoint, job, tokens, on_layer or (lambda index: None))
 
 
 def refused(call, *words: str) -> None:
@@ -150,22 +147,13 @@ def test_report(tiny, undisturbed, method):
         assert all({"alpha", "gain"} <= layer["awq"].keys() for layer in report["layers"])
 
 
-def test_token_counts_are_the_models_routing(tiny, undisturbed):
-    _, report = undisturbed("gptq")
-    source, counts = Checkpoint(tiny.path("bf16")), []
-    route = run_module.router
-    ids = tiny.tokens().ids
-    # the same counts from an independent pass of the model
-    import gptoss_quantize.model as model
-
-    original = model.router
-    try:
-        model.router = lambda x, layer, config: counts.append(original(x, layer, config)) or counts[-1]
-        hidden_states(source, ids)
-    finally:
-        model.router = original
-    assert route is original
-    for (index, _), layer in zip(counts, report["layers"], strict=True):
+def test_token_counts_are_the_models_routing(tiny, undisturbed, monkeypatch):
+    # the same counts from an independent pass of the streamed model
+    choices = []
+    route = model.router
+    monkeypatch.setattr(model, "router", lambda *args: choices.append(route(*args)) or choices[-1])
+    hidden_states(Checkpoint(tiny.path("bf16")), tiny.tokens().ids)
+    for (index, _), layer in zip(choices, undisturbed("gptq")[1]["layers"], strict=True):
         assert torch.bincount(index.flatten(), minlength=8).tolist() == layer["tokens"]
 
 
@@ -191,8 +179,6 @@ def test_experts_without_tokens_are_reported(tiny, tmp_path):
     path = tiny.copy("float32", tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.router.bias"][5] = -1000.0
-    from safetensors.torch import save_file
-
     save_file(tensors, path / "model.safetensors")
     report = quantize(path, tmp_path / "out", "gptq", tokens=tiny.tokens())
     assert report["experts_without_tokens"] == [[1, 5]]
@@ -201,10 +187,6 @@ def test_experts_without_tokens_are_reported(tiny, tmp_path):
 
 
 # ---- interrupted and resumed
-
-
-class Killed(BaseException):
-    """What a test kills a run with; no handler of ours may catch it."""
 
 
 def interrupt(monkeypatch, where: str, layer: int):
@@ -236,18 +218,21 @@ def interrupt(monkeypatch, where: str, layer: int):
     return on_layer
 
 
-@pytest.mark.parametrize("method", METHODS)
+PLACES = [
+    ("after the layer", 0),
+    ("after the layer", 2),
+    ("before the state", 0),
+    ("before the state", 1),
+    ("before the shard", 1),
+    ("before the first state", 0),
+    ("before the rename", 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("where", "layer"),
-    [
-        ("after the layer", 0),
-        ("after the layer", 2),
-        ("before the state", 0),
-        ("before the state", 1),
-        ("before the shard", 1),
-        ("before the first state", 0),
-        ("before the rename", 0),
-    ],
+    ("method", "where", "layer"),
+    [(method, *place) for method in ("rtn", "awq+gptq") for place in PLACES]
+    + [("gptq", *PLACES[3]), ("gptq", *PLACES[0]), ("awq", *PLACES[3])],
 )
 def test_resumed_run_writes_the_same_bytes(tiny, undisturbed, tmp_path, monkeypatch, method, where, layer):
     tokens = tiny.tokens() if RECIPES[method].calibrated else None
