@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from gptoss_quantize.hub import resolve
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.loading import load
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, compute_dtype, quantize_checkpoint
+from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
 
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DEMO_PROMPT = "What is the capital of France, and what is it known for?"
@@ -51,6 +52,7 @@ def quantize_model(
     bar: Progress,
 ) -> dict[str, Any]:
     """Quantize a model into `job.dest` and return the report that is also written there."""
+    job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
     tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
     task = bar.add_task(f"{job.method} group {job.group_size}: layer", total=source.config.layers)
