@@ -64,7 +64,6 @@ def test_help_of_a_command(command, name):
     code, out, _ = command(name, "--help")
     assert code == 0
     assert "Usage" in out
-    # every option is explained
     for option in {"quantize": ["--method", "--group-size", "--resume", "--adapter"], "evaluate": ["--json"]}.get(
         name, []
     ):
@@ -245,7 +244,9 @@ def test_group_32_adapter_and_recipe(command, tiny, tmp_path, text):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+# a parent that runs in the background leaves SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gptoss_quantize.quantize.output import Output
 save = Output.save_state
 def slow(self):
