@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gptoss_quantize.kernels import native
+
 BLOCK_TOKENS = 2048
 _COLUMNS = 512
 
@@ -37,8 +39,8 @@ def token_blocks(tokens: int) -> list[slice]:
 class MomentSums:
     """Running sums over blocks of tokens; `add` blocks, then `finish`. Accumulates in float32 or wider."""
 
-    def __init__(self, columns: int, *, centre: bool = True, diagonal: bool = False):
-        self.columns, self.centre, self.diagonal = columns, centre, diagonal
+    def __init__(self, columns: int, *, centre: bool = True, diagonal: bool = False, compiled: bool = True):
+        self.columns, self.centre, self.diagonal, self.native = columns, centre, diagonal, compiled
         self.tokens, self.paired = 0, False
         self.total = self.squares = 0.0
         self._shift = self._sum = self._second = self._gap = self._drift = torch.empty(0)
@@ -65,6 +67,9 @@ class MomentSums:
         weight = weight_T.to(self._sum.dtype)
         self.total += float(weight.sum())
         self.squares += float(weight.square().sum())
+        if self.native and not self.diagonal and native.takes(x_TK) and native.has_products():
+            self._add_native(x_TK, weight, original_TK)
+            return
         # converted first: torch's mixed-dtype subtraction is several times slower
         centred = x_TK.to(self._sum.dtype, copy=True).sub_(self._shift)
         self._sum += weight @ centred
@@ -83,6 +88,16 @@ class MomentSums:
             part = slice(start, start + _COLUMNS)
             self._second[part, start:].addmm_(centred[:, part].T, centred[:, start:])
 
+    def _add_native(self, x_TK: torch.Tensor, weight_T: torch.Tensor, original_TK: torch.Tensor | None) -> None:
+        block = native.centre(x_TK, original_TK, weight_T, self._shift)
+        self._sum += block.sum_K
+        if block.gap_TK is not None and block.plain_TK is not None:
+            self.paired = True
+            self._gap += block.gap_sum_K
+            native.add_product(native.Pairs(block.gap_TK), native.Pairs(block.plain_TK), self._drift)
+        scaled = native.Pairs(block.scaled_TK)
+        native.add_product(scaled, scaled, self._second)
+
     def finish(self, device: torch.device | str = "cpu", *, paired: bool = False) -> Moments:
         """Return the moments; the sums are used up.
 
@@ -94,15 +109,16 @@ class MomentSums:
             return Moments(zero, square, 0, 0.0, square if paired else None, zero)
         offset, gap = self._sum / self.total, self._gap / self.total
         mean, hessian, drift = self._shift + offset, self._second.div_(self.total), self._drift.div_(self.total)
-        if not self.diagonal:
-            for start in range(_COLUMNS, self.columns, _COLUMNS):
-                part = slice(start, start + _COLUMNS)
-                hessian[part, :start] = hessian[:start, part].T
         if self.centre and self.diagonal:
             hessian -= offset.square()
         elif self.centre:
             hessian.addr_(offset, offset, alpha=-1)
             drift.addr_(gap, offset, alpha=-1)
+        if not self.diagonal:
+            for start in range(0, self.columns, _COLUMNS):
+                part = slice(start, start + _COLUMNS)
+                hessian[part, :start] = hessian[:start, part].T
+                hessian[part, part] = hessian[part, part].triu() + hessian[part, part].triu(1).T
         return Moments(
             mean,
             hessian,

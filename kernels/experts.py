@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, native
 
 
 @dataclass(slots=True)
@@ -46,6 +46,8 @@ def gated(
     """
     sorted_RD = torch.cat((gate_up_RD[0::2], gate_up_RD[1::2]))
     gate_up_TR = functional.linear(x_TD, sorted_RD, torch.cat((bias_R[0::2], bias_R[1::2])))
+    if native.takes(gate_up_TR):
+        return native.swiglu(gate_up_TR, limit, alpha)
     gate_TF, up_TF = gate_up_TR.chunk(2, dim=-1)
     return swiglu(gate_TF, up_TF, limit, alpha)
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from gptoss_quantize.checkpoint import Expert
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, native
 from gptoss_quantize.kernels.experts import gated
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize.scales import signed_scale
@@ -58,26 +58,35 @@ def fold_input(
     return exact, norm, (router_ED.float() * exact).to(router_ED.dtype)
 
 
-def fold_down(expert: Expert, wanted_F: torch.Tensor) -> tuple[Expert, torch.Tensor]:
-    """Return (folded expert, exact t [F]): up rows / t, down columns * t, shifted and rounded up bias."""
+def exact_down(expert: Expert, wanted_F: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (t [F] near the wanted one for which the shifted bias is exact as stored, that up bias [F])."""
     bias = expert.gate_up_bias[1::2].float()
     shifted = ((bias + 1) / wanted_F - 1).to(torch.bfloat16).float()
     # where b is exactly -1 the shifted bias is -1 for any t
     exact = torch.where(bias == -1, wanted_F, (bias + 1) / (shifted + 1))
     usable = torch.isfinite(exact) & (exact >= 1) & (exact <= 2 * MAX_FOLD)
     exact = torch.where(usable, exact, 1.0)
+    return exact, torch.where(exact == 1, bias, shifted)
+
+
+def fold_down(expert: Expert, wanted_F: torch.Tensor) -> tuple[Expert, torch.Tensor]:
+    """Return (folded expert, exact t [F]): up rows / t, down columns * t, shifted and rounded up bias."""
+    exact, shifted = exact_down(expert, wanted_F)
     gate_up, gate_up_bias = expert.gate_up.clone(), expert.gate_up_bias.clone()
     gate_up[1::2] /= exact[:, None].to(gate_up.dtype)
-    gate_up_bias[1::2] = torch.where(exact == 1, bias, shifted).to(gate_up_bias.dtype)
+    gate_up_bias[1::2] = shifted.to(gate_up_bias.dtype)
     return Expert(gate_up, gate_up_bias, expert.down * exact.to(expert.down.dtype), expert.down_bias), exact
 
 
-def _nearest(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return the weights after plain signed rounding: the cheap stand-in used while searching."""
-    scale = signed_scale(weight_NK, group_size)
-    grouped = weight_NK.unflatten(-1, (-1, group_size))
-    step = scale.unsqueeze(-1)
-    return (grouped / step).round_().clamp_(int4.CODE_MIN, int4.CODE_MAX).mul_(step).flatten(-2)
+def nearest(weight_NK: torch.Tensor, fold_K: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return weight * fold after plain signed rounding, over fold: the cheap stand-in used while searching."""
+    if dtype == torch.bfloat16 and weight_NK.device.type == "cpu" and native.available():
+        return native.round_signed(weight_NK.float().contiguous(), fold_K.float().contiguous(), group_size)
+    folded = weight_NK * fold_K
+    step = signed_scale(folded, group_size).unsqueeze(-1)
+    grouped = folded.unflatten(-1, (-1, group_size))
+    codes = (grouped / step).round_().clamp_(int4.CODE_MIN, int4.CODE_MAX)
+    return (codes.mul_(step).flatten(-2) / fold_K).to(dtype)
 
 
 def input_candidates(magnitude_D: torch.Tensor, alphas: tuple[float, ...] = ALPHAS) -> torch.Tensor:
@@ -110,8 +119,8 @@ def search_input(
         down = expert.down.to(dtype)
         wanted = functional.linear(_act(sample.x, expert.gate_up.to(dtype), expert, config), down)
         for a, (scale, _, _) in enumerate(folds):
-            rounded = _nearest(expert.gate_up * scale, group_size) / scale
-            got = functional.linear(_act(sample.x, rounded.to(dtype), expert, config), down)
+            rounded = nearest(expert.gate_up, scale, group_size, dtype)
+            got = functional.linear(_act(sample.x, rounded, expert, config), down)
             loss_A[a] += float(((got - wanted).float().square().sum(1) * sample.weight).sum())
     best = int(loss_A.argmin())
     gain = float(loss_A[best] / loss_A[0]) if float(loss_A[0]) > 0 else 1.0
@@ -150,13 +159,13 @@ def search_down(
         t = (magnitude**beta).unflatten(0, (-1, group_size))
         t = (t / t.amin(1, keepdim=True)).flatten().clamp(1.0, MAX_FOLD)
         t = torch.where(clamped_F, 1.0, t)
-        folded, exact = fold_down(expert, t)
-        rounded = _nearest(folded.down, group_size) / exact
-        error = (functional.linear(act, rounded.to(dtype)).float() - wanted).square().sum(1)
+        exact, _ = exact_down(expert, t)
+        rounded = nearest(expert.down, exact, group_size, dtype)
+        error = (functional.linear(act, rounded).float() - wanted).square().sum(1)
         losses.append(float((error * sample.weight).sum()))
-        tries.append((folded, exact))
+        tries.append(t)
     best = min(range(len(BETAS)), key=losses.__getitem__)
     gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
     if best == 0 or gain >= 1:
         return expert, ones, 0.0, 1.0
-    return *tries[best], BETAS[best], gain
+    return *fold_down(expert, tries[best]), BETAS[best], gain

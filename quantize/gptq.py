@@ -2,7 +2,9 @@
 
 Both walk over columns: the value of column k is its target minus what the errors of earlier columns say,
     value_k = state_k - sum over earlier j of  coupling[j, k] * delta_j
-GPTQ (arXiv 2210.17323, E7): coupling = U[j, k] / U[j, j] with H^-1 = U^T U, delta = value - quantized value.
+GPTQ (arXiv 2210.17323, E7): state = w*, coupling = -V[j, k] / V[k, k] with H = V V^T, delta = w* - quantized value.
+  That is the LDLQ form of QuIP (arXiv 2307.13304, theorem 6), the same codes without an inverse: the objective is
+  |(w* - q) V|^2, whose column k depends on the columns up to k alone, and is 0 at the value above.
 Coordinate descent (E8, E9): state = H (W* - Q), coupling = H, delta = change of the quantized value.
 `_walk` does this once for both, as a recursive blocked triangular solve: nearly all work is matrix products, and
 the result does not depend on the blocking but for rounding.
@@ -16,9 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
+from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
 
 LEAF = 32
+NATIVE_LEAF = 96
 
 
 def damp_(hessian_EKK: torch.Tensor, tokens_E: torch.Tensor, damping: float, starved: float) -> torch.Tensor:
@@ -52,35 +56,31 @@ def factor(hessian_KK: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 @dataclass(slots=True)
 class Factored:
-    """Damped Hessians in the order their columns are visited: H[order][:, order]^-1 = U^T U, U = root * coupling."""
+    """Damped Hessians in the order their columns are visited: H[order][:, order] = V V^T."""
 
     order: torch.Tensor  # [E, K], the stored column visited k-th
-    coupling: torch.Tensor  # [E, K, K], U with unit diagonal
-    root: torch.Tensor  # [E, K], the diagonal of U
+    upper: torch.Tensor  # [E, K, K], V, upper triangular
     retries: list[int]  # per expert, see `factor`
 
 
 def factorize(hessian_EKK: torch.Tensor, act_order: bool) -> Factored:
-    """Return the inverse factors of damped Hessians, columns by descending diagonal or as stored.
+    """Return the factors of damped Hessians, columns by descending diagonal or as stored.
 
-    H = V V^T with V upper triangular is the Cholesky factor of H with both axes reversed, and U = V^-1: one
-    factorization and one triangular inverse, where the usual route takes two factorizations and a full inverse.
+    V is the Cholesky factor of H with both axes reversed, reversed again: one factorization, where the usual route
+    (the factor of the inverse) takes two factorizations and an inverse.
     """
     experts, columns = hessian_EKK.shape[:2]
     order_EK = torch.arange(columns, device=hessian_EKK.device).expand(experts, columns)
     if act_order:
         diagonal_EK = hessian_EKK.diagonal(dim1=-2, dim2=-1)
         order_EK = torch.argsort(diagonal_EK, dim=-1, descending=True, stable=True)
-    coupling, root, retries = torch.empty_like(hessian_EKK), hessian_EKK.new_empty(experts, columns), []
-    eye = torch.eye(columns, dtype=hessian_EKK.dtype, device=hessian_EKK.device)
+    upper_EKK, retries = torch.empty_like(hessian_EKK), []
     for e, (hessian, order) in enumerate(zip(hessian_EKK, order_EK, strict=True)):
         backwards = order.flip(0)
         lower, count = factor(hessian[backwards][:, backwards])
         retries.append(count)
-        upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
-        root[e] = upper.diagonal()
-        torch.div(upper, root[e, :, None], out=coupling[e])
-    return Factored(order_EK, coupling, root, retries)
+        upper_EKK[e] = lower.flip(0, 1)
+    return Factored(order_EK, upper_EKK, retries)
 
 
 def _walk(
@@ -116,18 +116,30 @@ def _within(
     return torch.baddbmm(value_EN.unsqueeze(1), row, delta_EKN[:, low:k], alpha=-1).squeeze(1)
 
 
-def gptq(target_ENK: torch.Tensor, factored: Factored, scale_ENG: torch.Tensor, leaf: int = LEAF) -> torch.Tensor:
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a @ b in the dtype of a, multiplied in `dtype` (None: as it is)."""
+    return a @ b if dtype is None else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def gptq(
+    target_ENK: torch.Tensor,
+    factored: Factored,
+    scale_ENG: torch.Tensor,
+    leaf: int | None = None,
+    compiled: bool = False,
+) -> torch.Tensor:
     """Return int8 codes [E, N, K] for static, rounded scales.
 
     Columns are visited in the factor's order; each keeps its own group's scale, so the stored order does not change
-    and no g_idx is needed.
+    and no g_idx is needed. `compiled`: blocks of columns are left to `kernels.native`.
     """
     E, N, K = target_ENK.shape
     group = K // scale_ENG.shape[-1]
-    order_EK, coupling_EKK = factored.order, factored.coupling
+    order_EK = factored.order.contiguous()
+    coupling_EKK = factored.upper / -factored.upper.diagonal(dim1=-2, dim2=-1).unsqueeze(1)
     state_EKN = torch.stack([w.T[o] for w, o in zip(target_ENK, order_EK, strict=True)])
     scale_EGN = scale_ENG.to(state_EKN.dtype).transpose(1, 2).contiguous()
-    delta_EKN = torch.empty_like(state_EKN)
+    delta_EKN = state_EKN.clone()  # the target, until a column is visited
     codes_EKN = torch.empty(E, K, N, dtype=torch.int8, device=target_ENK.device)
     experts = torch.arange(E, device=target_ENK.device)
     group_EK = order_EK // group
@@ -137,10 +149,14 @@ def gptq(target_ENK: torch.Tensor, factored: Factored, scale_ENG: torch.Tensor, 
             value_EN = _within(state_EKN, coupling_EKK, delta_EKN, low, k)
             scale_EN = scale_EGN[experts, group_EK[:, k]]
             code_EN = torch.div(value_EN, scale_EN).round_().clamp_(CODE_MIN, CODE_MAX)
-            torch.addcmul(value_EN, code_EN, scale_EN, value=-1, out=delta_EKN[:, k])
+            delta_EKN[:, k].addcmul_(code_EN, scale_EN, value=-1)
             codes_EKN[experts, order_EK[:, k]] = code_EN.to(torch.int8)
 
-    _walk(state_EKN, coupling_EKK, delta_EKN, visit_block, leaf)
+    def native_block(low: int, high: int) -> None:
+        native.gptq_block(low, high, coupling_EKK, state_EKN, delta_EKN, codes_EKN, scale_EGN, order_EK)
+
+    visit = native_block if compiled else visit_block
+    _walk(state_EKN, coupling_EKK, delta_EKN, visit, leaf or (NATIVE_LEAF if compiled else LEAF))
     return codes_EKN.transpose(1, 2).contiguous()
 
 
@@ -149,18 +165,23 @@ def refine(
     hessian_EKK: torch.Tensor,
     scale_ENG: torch.Tensor,
     codes_ENK: torch.Tensor,
+    compiled: bool = False,
+    products: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scales, codes) after one sweep: per group, refit its scale, round it, then descend over its codes.
 
     The scale step is the closed form s += u R / (u H u) with u the group's codes and R = H (w* - q), taken only
     where it lowers the objective after rounding; the code steps are exact minimisers. So the objective never rises.
+    `compiled`: groups are left to `kernels.native`. `products`: the dtype in which the state H (w* - q) is set up; it
+    only has to tell which code is nearest.
     """
     K = target_ENK.shape[-1]
     group = K // scale_ENG.shape[-1]
     scale_EGN = scale_ENG.to(target_ENK.dtype).transpose(1, 2).contiguous()
-    codes_EKN = codes_ENK.transpose(1, 2).to(target_ENK.dtype).contiguous()
-    delta_EKN = target_ENK.transpose(1, 2) - codes_EKN * scale_EGN.repeat_interleave(group, dim=1)
-    state_EKN = torch.bmm(hessian_EKK, delta_EKN)
+    codes_EKN = codes_ENK.transpose(1, 2).contiguous().to(target_ENK.dtype)
+    delta_EKN = target_ENK.transpose(1, 2).contiguous()
+    delta_EKN.unflatten(1, (-1, group)).addcmul_(codes_EKN.unflatten(1, (-1, group)), scale_EGN[:, :, None], value=-1)
+    state_EKN = _product(hessian_EKK, delta_EKN, products)
 
     def visit_group(low: int, high: int) -> None:
         part = slice(low, high)
@@ -185,21 +206,30 @@ def refine(
         # later groups must see the whole change of this group, scale step included
         delta_EKN[:, part] = codes * scale[:, None] - old_value
 
-    _walk(state_EKN, hessian_EKK, delta_EKN, visit_group, group)
+    def native_group(low: int, high: int) -> None:
+        native.refine_block(low, high, hessian_EKK, state_EKN, delta_EKN, codes_EKN, scale_EGN)
+
+    _walk(state_EKN, hessian_EKK, delta_EKN, native_group if compiled else visit_group, group)
     return scale_EGN.transpose(1, 2).contiguous(), codes_EKN.to(torch.int8).transpose(1, 2).contiguous()
 
 
 def asymmetric_target(
-    weight_ENK: torch.Tensor, drift_EKK: torch.Tensor, factored: Factored, alpha: float
+    weight_ENK: torch.Tensor,
+    drift_EKK: torch.Tensor,
+    factored: Factored,
+    alpha: float,
+    products: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return W* = W + alpha W (G - H) (H + lambda I)^-1 (E4): the target that makes up for a quantized input.
 
-    `drift` is G - H = cov(x - x^, x^), x the original input and x^ the one the quantized model will see.
+    `drift` is G - H = cov(x - x^, x^), x the original input and x^ the one the quantized model will see. W (G - H),
+    a small correction, is multiplied in the dtype `products`.
     """
     corrected = torch.empty_like(weight_ENK)
     for e, (weight, drift) in enumerate(zip(weight_ENK, drift_EKK, strict=True)):
-        order, unit, root = factored.order[e], factored.coupling[e], factored.root[e, :, None]
-        right_KN = (weight @ drift).T[order]
-        solved = unit.T @ ((unit @ right_KN) * root.square())
+        order, upper = factored.order[e], factored.upper[e]
+        right_KN = _product(weight, drift, products).T[order]
+        half = torch.linalg.solve_triangular(upper, right_KN, upper=True)
+        solved = torch.linalg.solve_triangular(upper.T, half, upper=False)
         corrected[e, :, order] = weight[:, order] + alpha * solved.T
     return corrected

@@ -113,7 +113,7 @@ class _Job:
     def sums(self, columns: int) -> MomentSums:
         """Return empty sums for a projection's input, of the kind that the recipe needs."""
         full = self.recipe.gptq or self.recipe.sweeps > 0
-        return MomentSums(columns, centre=self.recipe.centre, diagonal=not full)
+        return MomentSums(columns, centre=self.recipe.centre, diagonal=not full, compiled=self.recipe.native)
 
     def sample(self, expert: int) -> awq.Sample:
         """Return at most SAMPLE_TOKENS of an expert's tokens, evenly spaced."""
@@ -197,14 +197,14 @@ def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: Layer
     with clock("solve"):
         wide = [e.gate_up if job.input_scale is None else e.gate_up * job.input_scale for e in experts]
         biases = torch.stack([e.gate_up_bias for e in experts])
-        gate_up = solve(torch.stack(wide), biases, stats, recipe, size)
+        gate_up = solve(torch.stack(wide), biases, stats, recipe, size, job.routed.x.dtype)
     stats = [
         _down_moments(job, e, original, gate_up, at, folds[at], result)
         for at, (e, original) in enumerate(zip(chunk, originals, strict=True))
     ]
     with clock("solve"):
         biases = torch.stack([e.down_bias for e in experts])
-        down = solve(torch.stack([e.down for e in experts]), biases, stats, recipe, size)
+        down = solve(torch.stack([e.down for e in experts]), biases, stats, recipe, size, job.routed.x.dtype)
     with clock("report"):
         for at, entry in enumerate(entries):
             entry["output_error"] = _output_error(job, chunk[at], originals[at], gate_up, down, at)

@@ -10,6 +10,7 @@ Shapes: weights [..., N, K] (rows, columns), importance [..., K], scales [..., N
 
 import torch
 
+from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
 
 # ratios of the candidates to the full-range scale |w|max / 8; the second row is tried with the opposite sign,
@@ -47,13 +48,27 @@ def searched_scale(
     importance_K: torch.Tensor,
     group_size: int,
     extra_NGA: torch.Tensor | None = None,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Return the best scale per group [..., N, G] under sum_k importance_k (w_k - s q_k)^2, rounded as stored.
 
     Each candidate is scored after its closed-form refit s* = sum(h w q) / sum(h q^2), whose error is
     sum(h w^2) - sum(h w q)^2 / sum(h q^2). `extra` holds more candidate scales per group (MXFP4 lattice steps).
+    `compiled`: the search is left to `kernels.native`.
     """
     lead = weight_NK.shape[:-2]
+    if compiled:
+        rows, columns = weight_NK.shape[-2:]
+        groups = _grouped(weight_NK, group_size).shape[-2]
+        more = None if extra_NGA is None else extra_NGA.reshape(-1, rows, groups, extra_NGA.shape[-1]).contiguous()
+        best = native.search_scale(
+            weight_NK.reshape(-1, rows, columns).contiguous(),
+            importance_K.reshape(-1, columns).contiguous(),
+            group_size,
+            (*RATIOS, *(-r for r in RATIOS_OPPOSITE)),
+            more,
+        )
+        return round_scale(best.reshape(*lead, rows, groups))
     weight = _grouped(weight_NK, group_size).flatten(0, -4) if lead else _grouped(weight_NK, group_size)[None]
     importance = importance_K.unflatten(-1, (-1, group_size))
     importance = importance.flatten(0, -3) if lead else importance[None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from gptoss_quantize.calibration.moments import Moments
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, native
 from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factorize, gptq, refine
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.scales import absmax_scale, searched_scale, signed_scale
@@ -36,23 +36,29 @@ def round_bias(bias: torch.Tensor) -> torch.Tensor:
 
 
 def solve(
-    weight_ENK: torch.Tensor, bias_EN: torch.Tensor, stats: list[Moments] | None, recipe: Recipe, group_size: int
+    weight_ENK: torch.Tensor,
+    bias_EN: torch.Tensor,
+    stats: list[Moments] | None,
+    recipe: Recipe,
+    group_size: int,
+    products: torch.dtype | None = None,
 ) -> Solution:
     """Return the quantized projection of E experts under a recipe; `stats` are None for plain rounding.
 
     With drift in the moments the target is corrected for the quantized input; with a centred recipe the bias
-    becomes b + W m - Q m^ (E3), which makes the mean output exact.
+    becomes b + W m - Q m^ (E3), which makes the mean output exact. `products`: the dtype of those matrix products that
+    choose and correct, but are not the result (None: the weights').
     """
     experts, threads = weight_ENK.shape[0], torch.get_num_threads()
     if stats is None or weight_ENK.device.type != "cpu" or min(experts, threads) == 1:
-        return _solve_batch(weight_ENK, bias_EN, stats, recipe, group_size)
+        return _solve_batch(weight_ENK, bias_EN, stats, recipe, group_size, products)
     share = -(-experts // threads)
     parts = [slice(start, start + share) for start in range(0, experts, share)]
 
     def work(part: slice) -> Solution:
         # inference mode is a property of the thread
         with torch.inference_mode():
-            return _solve_batch(weight_ENK[part], bias_EN[part], stats[part], recipe, group_size)
+            return _solve_batch(weight_ENK[part], bias_EN[part], stats[part], recipe, group_size, products)
 
     torch.set_num_threads(1)
     try:
@@ -69,7 +75,12 @@ def solve(
 
 
 def _solve_batch(
-    weight_ENK: torch.Tensor, bias_EN: torch.Tensor, stats: list[Moments] | None, recipe: Recipe, group_size: int
+    weight_ENK: torch.Tensor,
+    bias_EN: torch.Tensor,
+    stats: list[Moments] | None,
+    recipe: Recipe,
+    group_size: int,
+    products: torch.dtype | None = None,
 ) -> Solution:
     """Solve one batch in the calling thread; see `solve`."""
     if stats is None:
@@ -80,6 +91,7 @@ def _solve_batch(
         codes = int4.quantize(weight_ENK, scale)
         return Solution(codes, scale, round_bias(bias_EN), [0] * len(codes))
 
+    compiled = recipe.native and weight_ENK.device.type == "cpu" and native.available()
     damped = torch.stack([s.hessian for s in stats])
     effective = torch.tensor([s.effective_tokens for s in stats], device=damped.device)
     damp_(damped, effective, recipe.damping, recipe.damping_starved)
@@ -89,18 +101,18 @@ def _solve_batch(
         drifts = [s.drift for s in stats if s.drift is not None]
         if recipe.asymmetric and drifts:
             drift = torch.stack(drifts)
-            target = asymmetric_target(weight_ENK, drift, factored, recipe.asymmetric)
+            target = asymmetric_target(weight_ENK, drift, factored, recipe.asymmetric, products)
     importance = damped if damped.dim() == 2 else damped.diagonal(dim1=-2, dim2=-1)
     scale = {
         "absmax": lambda: absmax_scale(target, group_size),
         "signed": lambda: signed_scale(target, group_size),
-        "search": lambda: searched_scale(target, importance, group_size),
+        "search": lambda: searched_scale(target, importance.contiguous(), group_size, compiled=compiled),
     }[recipe.scale]()
-    codes = int4.quantize(target, scale) if factored is None else gptq(target, factored, scale)
+    codes = int4.quantize(target, scale) if factored is None else gptq(target, factored, scale, compiled=compiled)
     retries = [0] * len(target) if factored is None else factored.retries
     factored = None
     for _ in range(recipe.sweeps):
-        scale, codes = refine(target, damped, scale, codes)
+        scale, codes = refine(target, damped, scale, codes, compiled, products)
 
     bias = bias_EN
     if recipe.centre:

@@ -5,12 +5,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, native
 from gptoss_quantize.quantize import gptq as module
 from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factor, factorize, gptq, refine
 from gptoss_quantize.quantize.scales import signed_scale
 
 GROUP = 32
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "native"])
+def compiled(request):
+    if request.param and not native.available():
+        pytest.skip(native.problem())
+    return request.param
 
 
 def problem(experts: int = 2, rows: int = 12, columns: int = 96, seed: int = 0):
@@ -50,11 +57,12 @@ def gptq_definition(weight_NK, hessian_KK, scale_NG, order):
 
 @pytest.mark.parametrize("leaf", [1, 7, 32, 96, 128])
 @pytest.mark.parametrize("act_order", [True, False])
-def test_gptq_equals_definition_for_every_block_size(leaf, act_order):
-    weight, hessian, scale = problem()
+def test_gptq_equals_definition_for_every_block_size(leaf, act_order, compiled):
+    # 47 rows: one tile of 32, one vector of 8, 7 single rows
+    weight, hessian, scale = problem(rows=47)
     factored = factorize(hessian, act_order)
     assert factored.retries == [0, 0]
-    codes = gptq(weight, factored, scale, leaf)
+    codes = gptq(weight, factored, scale, leaf, compiled)
     for e in range(len(weight)):
         diagonal = hessian[e].diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(96)
@@ -105,22 +113,23 @@ def refine_definition(weight_NK, hessian_KK, scale_NG, codes_NK):
     return scales, codes.to(torch.int8)
 
 
-def test_refine_equals_definition():
-    weight, hessian, scale = problem(rows=5)
+def test_refine_equals_definition(compiled):
+    # 29 rows: one tile of 16, one vector of 8, 5 single rows
+    weight, hessian, scale = problem(rows=29 if compiled else 5)
     codes = gptq(weight, factorize(hessian, True), scale)
-    got_scale, got_codes = refine(weight, hessian, scale, codes)
+    got_scale, got_codes = refine(weight, hessian, scale, codes, compiled)
     for e in range(len(weight)):
         want_scale, want_codes = refine_definition(weight[e], hessian[e], scale[e], codes[e])
         assert torch.equal(got_scale[e], want_scale)
         assert torch.equal(got_codes[e], want_codes)
 
 
-def test_refine_never_raises_the_objective_and_keeps_scales_storable():
+def test_refine_never_raises_the_objective_and_keeps_scales_storable(compiled):
     weight, hessian, scale = problem(experts=4, rows=40, seed=3)
     codes = gptq(weight, factorize(hessian, True), scale)
     values = [loss(weight, codes, scale, hessian)]
     for _ in range(4):
-        scale, codes = refine(weight, hessian, scale, codes)
+        scale, codes = refine(weight, hessian, scale, codes, compiled)
         assert torch.equal(scale, int4.round_scale(scale))
         values.append(loss(weight, codes, scale, hessian))
     for before, after in pairwise(values):
@@ -128,25 +137,36 @@ def test_refine_never_raises_the_objective_and_keeps_scales_storable():
     assert bool((values[1] < 0.97 * values[0]).all()), "a sweep after GPTQ should gain several percent"
 
 
-def test_float32_loses_no_more_than_float64():
+def test_float32_loses_no_more_than_float64(compiled):
     weight, hessian, scale = problem(experts=3, rows=64)
     exact = refine(weight, hessian, scale, gptq(weight, factorize(hessian, True), scale))
     w, h, s = weight.float(), hessian.float(), scale.float()
-    got = refine(w, h, s, gptq(w, factorize(h, True), s))
+    got = refine(w, h, s, gptq(w, factorize(h, True), s, compiled=compiled), compiled)
     want_loss = loss(weight, exact[1], exact[0], hessian).sum()
     got_loss = loss(weight, got[1], got[0].double(), hessian).sum()
     assert got_loss <= 1.01 * want_loss, f"{got_loss=} {want_loss=}"
 
 
+def test_bfloat16_products_cost_next_to_nothing(compiled):
+    weight, hessian, scale = problem(experts=3, rows=64, columns=192)
+    w, h, s = weight.float(), hessian.float(), scale.float()
+    codes = gptq(w, factorize(h, True), s, compiled=compiled)
+    exact = refine(w, h, s, codes, compiled)
+    fast = refine(w, h, s, codes, compiled, torch.bfloat16)
+    before = loss(weight, codes, scale, hessian).sum()
+    gain = before - loss(weight, exact[1], exact[0].double(), hessian).sum()
+    assert before - loss(weight, fast[1], fast[0].double(), hessian).sum() > 0.97 * gain
+
+
 @pytest.mark.parametrize("act_order", [True, False])
-def test_factorize_is_the_cholesky_factor_of_the_inverse(act_order):
+def test_factorize_gives_an_upper_factor_in_visiting_order(act_order):
     _, hessian, _ = problem()
     factored = factorize(hessian, act_order)
     for e in range(2):
-        order = factored.order[e]
-        upper = torch.linalg.cholesky(torch.linalg.inv(hessian[e][order][:, order]), upper=True)
-        torch.testing.assert_close(factored.root[e, :, None] * factored.coupling[e], upper, rtol=1e-9, atol=1e-9)
-        assert bool((factored.coupling[e].diagonal() == 1).all())
+        order, upper = factored.order[e], factored.upper[e]
+        assert torch.equal(upper, upper.triu())
+        assert bool((upper.diagonal() > 0).all())
+        torch.testing.assert_close(upper @ upper.T, hessian[e][order][:, order], rtol=1e-9, atol=1e-12)
 
 
 def test_a_hessian_that_will_not_factor_is_damped_and_counted():

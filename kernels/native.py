@@ -1,0 +1,284 @@
+"""The C++ loops of native.cpp: compiled at first use, kept in the user's cache, called through ctypes.
+
+Dependent column steps and fused elementwise passes are what torch runs badly on a CPU: each step is a dozen small
+operations. The source has no dependency but a C++17 compiler and takes two seconds to compile; the file in the cache
+is named by a hash of source, compiler, flags and processor. Without a compiler everything runs in torch, slower and
+equal but for rounding; `problem` says why, and the quantization report says which it was.
+
+Calls release Python's lock, so that threads can work on experts of their own.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-shared", "-fPIC")
+MAX_BLOCK = 128  # kMaxBlock of native.cpp
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def _compiler() -> str | None:
+    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _build(compiler: str) -> Path:
+    """Return the compiled library, from the cache or made now; OSError or CalledProcessError where that fails."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    key = "\0".join([SOURCE.read_text(encoding="utf-8"), version, *FLAGS, platform.machine(), _processor()])
+    name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_quantize"
+    if (cache / name).is_file():
+        return cache / name
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        made = Path(scratch, name)
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        made.replace(cache / name)
+    return cache / name
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Return (the library, "") or (None, why there is none)."""
+    compiler = _compiler()
+    if compiler is None:
+        return None, "no C++ compiler found (c++, g++ or clang++)"
+    try:
+        return ctypes.CDLL(str(_build(compiler))), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[-300:]}"
+    except OSError as error:
+        return None, f"{SOURCE.name} could not be compiled or loaded: {error}"
+
+
+def available() -> bool:
+    """Return whether the C++ loops can be used on this machine; compiles them if nobody has."""
+    return _load()[0] is not None
+
+
+def problem() -> str:
+    """Return why the C++ loops cannot be used, or "" if they can."""
+    return _load()[1]
+
+
+def _function(name: str, dtype: torch.dtype | None = None) -> ctypes._CFuncPtr:
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(f"native kernels: {why}")
+    function = getattr(library, name if dtype is None else f"{name}_{_SUFFIX[dtype]}")
+    function.restype = None
+    return function
+
+
+def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Return the address of a tensor's data, which the C++ side takes as contiguous."""
+    if tensor is None:
+        return ctypes.c_void_p(0)
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"native kernels take contiguous CPU tensors, not {tensor.device} {tensor.stride()}")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _i64(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def gptq_block(
+    low: int,
+    high: int,
+    coupling_EKK: torch.Tensor,
+    state_EKN: torch.Tensor,
+    delta_EKN: torch.Tensor,
+    codes_EKN: torch.Tensor,
+    scale_EGN: torch.Tensor,
+    order_EK: torch.Tensor,
+) -> None:
+    """Quantize columns low..high-1 (visiting order) in place: writes delta and the int8 codes; see quantize.gptq."""
+    E, K, N = state_EKN.shape
+    function = _function("gptq_block", state_EKN.dtype)
+    group = K // scale_EGN.shape[1]
+    for e in range(E):
+        arrays = (coupling_EKK[e], state_EKN[e], delta_EKN[e], codes_EKN[e], scale_EGN[e], order_EK[e])
+        function(*_i64(low, high - low, K, N), *map(_at, arrays), ctypes.c_int64(group))
+
+
+def refine_block(
+    low: int,
+    high: int,
+    hessian_EKK: torch.Tensor,
+    state_EKN: torch.Tensor,
+    delta_EKN: torch.Tensor,
+    codes_EKN: torch.Tensor,
+    scale_EGN: torch.Tensor,
+) -> None:
+    """Refit the scale of the group low..high-1, then descend over its codes, in place; see quantize.gptq.refine."""
+    E, K, N = state_EKN.shape
+    function = _function("refine_block", state_EKN.dtype)
+    for e in range(E):
+        arrays = (hessian_EKK[e], state_EKN[e], delta_EKN[e], codes_EKN[e], scale_EGN[e, low // (high - low)])
+        function(*_i64(low, high - low, K, N), *map(_at, arrays))
+
+
+def search_scale(
+    weight_ENK: torch.Tensor,
+    importance_EK: torch.Tensor,
+    group: int,
+    ratios: tuple[float, ...],
+    extra_ENGA: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the best refitted scale per group [E, N, G], not yet rounded; see quantize.scales.searched_scale."""
+    E, N, K = weight_ENK.shape
+    scale_ENG = weight_ENK.new_empty(E, N, K // group)
+    ratio = torch.tensor(ratios, dtype=weight_ENK.dtype)
+    function = _function("search_scale", weight_ENK.dtype)
+    extras = 0 if extra_ENGA is None else extra_ENGA.shape[-1]
+    for e in range(E):
+        extra = None if extra_ENGA is None else extra_ENGA[e]
+        inputs = (
+            _at(weight_ENK[e]),
+            _at(importance_EK[e]),
+            _at(ratio),
+            *_i64(len(ratios)),
+            _at(extra),
+            *_i64(extras),
+        )
+        function(*_i64(N, K, group), *inputs, _at(scale_ENG[e]))
+    return scale_ENG
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="native")
+
+
+def _over_rows(rows: int, call: Callable[[int, int], None]) -> None:
+    """Run call(first row, rows) on as many threads as torch uses, each with its share of the rows."""
+    threads = min(torch.get_num_threads(), rows // 64)
+    if threads <= 1:
+        call(0, rows)
+        return
+    share = -(-rows // threads)
+    starts = range(0, rows, share)
+    list(_pool(len(starts)).map(lambda start: call(start, min(share, rows - start)), starts))
+
+
+def takes(tensor: torch.Tensor) -> bool:
+    """Return whether the elementwise passes below can work on a tensor: bfloat16, on a CPU, compiled code there."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and available()
+
+
+def swiglu(gate_up_TR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """Return kernels.experts.swiglu [T, F] of bfloat16 rows [T, 2F], gates then ups; computed in float32."""
+    T, R = gate_up_TR.shape
+    out_TF = gate_up_TR.new_empty(T, R // 2)
+    function = _function("swiglu_bf16")
+
+    def part(start: int, rows: int) -> None:
+        where = _at(gate_up_TR[start]), ctypes.c_float(limit), ctypes.c_float(alpha), _at(out_TF[start])
+        function(*_i64(rows, R // 2), *where)
+
+    _over_rows(T, part)
+    return out_TF
+
+
+@dataclass(slots=True)
+class Centred:
+    """One block of tokens, ready for the products of calibration.moments."""
+
+    scaled_TK: torch.Tensor  # bfloat16, (x - shift) * sqrt(weight)
+    plain_TK: torch.Tensor | None  # bfloat16, x - shift; None without an original
+    gap_TK: torch.Tensor | None  # bfloat16, (original - x) * weight; None without an original
+    sum_K: torch.Tensor  # float32, sum of weight * (x - shift)
+    gap_sum_K: torch.Tensor  # float32, sum of gap
+
+
+def centre(
+    x_TK: torch.Tensor, original_TK: torch.Tensor | None, weight_T: torch.Tensor, shift_K: torch.Tensor
+) -> Centred:
+    """Return a block of bfloat16 inputs centred and weighted, in one pass; weights and shift in float32."""
+    T, K = x_TK.shape
+    root_T = weight_T.sqrt()
+    scaled = torch.empty_like(x_TK)
+    plain, gap = (None, None) if original_TK is None else (torch.empty_like(x_TK), torch.empty_like(x_TK))
+    sums: list[torch.Tensor] = []
+    function = _function("centre_bf16")
+
+    def part(start: int, rows: int) -> None:
+        total = torch.zeros(2, K)
+        sums.append(total)
+        inputs = [x_TK, original_TK, weight_T, root_T]
+        inputs = [_at(None if t is None else t[start]) for t in inputs]
+        outputs = [_at(None if t is None else t[start]) for t in (scaled, plain, gap)]
+        function(*_i64(rows, K), *inputs, _at(shift_K), *outputs, _at(total[0]), _at(total[1]))
+
+    _over_rows(T, part)
+    total = torch.stack(sums).sum(0)
+    return Centred(scaled, plain, gap, total[0], total[1])
+
+
+def _share_work(call: Callable[[int, int], None]) -> None:
+    """Run call(i, n) for i = 0..n-1, n as many threads as torch uses; each does every n-th piece of the work."""
+    threads = torch.get_num_threads()
+    list(_pool(threads).map(lambda first: call(first, threads), range(threads)))
+
+
+@functools.cache
+def has_products() -> bool:
+    """Return whether `add_product` works here: the processor multiplies bfloat16 with float32 sums (AVX512-BF16)."""
+    return available() and bool(_load()[0].has_products())  # type: ignore[union-attr]
+
+
+class Pairs:
+    """A bfloat16 matrix [T, K] packed for `add_product`."""
+
+    def __init__(self, x_TK: torch.Tensor):
+        T, K = x_TK.shape
+        self.pairs, self.columns = -(-T // 2), K
+        self.packed = torch.empty(-(-K // 16), self.pairs, 16, dtype=torch.int32)
+        function = _function("pack_pairs")
+        arguments = (*_i64(T, K), _at(x_TK))
+        _share_work(lambda first, step: function(*arguments, *_i64(first, step), _at(self.packed)))
+
+
+def add_product(left: Pairs, right: Pairs, out_KK: torch.Tensor) -> None:
+    """Add left^T right to a float32 matrix [K, K]; with left is right only the upper triangle is sure to be right."""
+    if left.pairs != right.pairs or left.columns != right.columns or out_KK.shape != (left.columns, left.columns):
+        raise ValueError(f"native kernels: {left.packed.shape} by {right.packed.shape} into {tuple(out_KK.shape)}")
+    function, symmetric = _function("add_product"), int(left is right)
+    arguments = (*_i64(left.pairs, left.columns), _at(left.packed), _at(right.packed))
+    _share_work(lambda first, step: function(*arguments, *_i64(first, step, symmetric), _at(out_KK)))
+
+
+def round_signed(weight_NK: torch.Tensor, fold_K: torch.Tensor, group: int) -> torch.Tensor:
+    """Return bfloat16 [N, K]: weight * fold rounded under the signed full-range scale, over fold; see quantize.awq."""
+    N, K = weight_NK.shape
+    if group > 1024:
+        raise ValueError(f"native kernels: group size {group} is above 1024")
+    out_NK = torch.empty(N, K, dtype=torch.bfloat16)
+    function = _function("round_signed")
+
+    def part(start: int, rows: int) -> None:
+        function(*_i64(rows, K, group), _at(weight_NK[start]), _at(fold_K), _at(out_NK[start]))
+
+    _over_rows(N, part)
+    return out_NK

@@ -1,0 +1,169 @@
+"""The compiled loops against the torch code that defines them; column steps are in tests/quantize/test_gptq.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gptoss_quantize.calibration.moments import MomentSums
+from gptoss_quantize.kernels import native
+from gptoss_quantize.kernels.experts import swiglu
+from gptoss_quantize.quantize import awq
+from gptoss_quantize.quantize.scales import searched_scale
+
+needs_compiler = pytest.mark.skipif(not native.available(), reason=native.problem())
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("extras", [0, 2])
+def test_scale_search_equals_torch(group, lead, extras):
+    weight = normal(*lead, 37, 320) * 0.05
+    weight[..., 0, :group] = 0  # a group without any weight
+    importance = normal(*lead, 320, seed=1).exp()
+    extra = normal(*lead, 37, 320 // group, extras, seed=2) * 0.01 if extras else None
+    want = searched_scale(weight, importance, group, extra)
+    got = searched_scale(weight, importance, group, extra, compiled=True)
+    assert torch.equal(got, want)
+    narrow = searched_scale(weight.float(), importance.float(), group, None, compiled=True)
+    # a tie between candidates may fall the other way in float32
+    same = narrow == searched_scale(weight.float(), importance.float(), group)
+    assert float(same.float().mean()) > 0.99
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_swiglu_is_rounded_once(tokens):
+    rows = normal(tokens, 2 * 96, dtype=torch.bfloat16) * 6  # both clamps bind
+    rows[0, :8] = torch.tensor([-100.0, 100, 7, -7, 0, 1e-30, 60, -60])
+    gate, up = rows.double().chunk(2, dim=-1)
+    exact = swiglu(gate, up, 7.0, 1.702)
+    got = native.swiglu(rows, 7.0, 1.702).double()
+    assert float(((got - exact).abs() / exact.abs().clamp(min=1e-30)).max()) <= 2**-8
+
+
+@needs_compiler
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("centre", [True, False])
+def test_moments_with_and_without_compiled_passes(paired, centre):
+    x, weight = normal(3000, 72, dtype=torch.bfloat16) + 0.5, normal(3000, seed=3).abs().float()
+    original = x + 0.2 * normal(3000, 72, seed=4, dtype=torch.bfloat16) if paired else None
+
+    def moments(kind, compiled):
+        sums = MomentSums(72, centre=centre, compiled=compiled)
+        for part in (slice(0, 1111), slice(1111, 3000)):
+            sums.add(x[part].to(kind), weight[part], None if original is None else original[part].to(kind))
+        return sums.finish()
+
+    exact, plain, got = (
+        moments(torch.float64, False),
+        moments(torch.bfloat16, False),
+        moments(torch.bfloat16, True),
+    )
+    assert got.effective_tokens == pytest.approx(exact.effective_tokens)
+    for name in ("mean", "hessian", "original_mean") + (("drift",) if paired else ()):
+        wanted = getattr(exact, name)
+        error, allowed = ((getattr(m, name) - wanted).norm() for m in (got, plain))
+        # the compiled pass rounds (x - shift) sqrt(w) to bfloat16 once more, 2^-9, and then sums in float32
+        rounding = 2**-9 if name == "hessian" and native.has_products() else 1e-6
+        assert float(error) <= 2 * float(allowed) + rounding * float(wanted.norm()), name
+    assert torch.equal(got.hessian, got.hessian.T)
+    assert float(torch.linalg.eigvalsh(got.hessian.double()).min()) > 0
+
+
+@pytest.mark.skipif(not native.has_products(), reason="no AVX512-BF16 here")
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 8), (259, 72), (600, 320), (513, 97)])
+def test_products_are_summed_in_float32(tokens, columns):
+    x, y = normal(tokens, columns, dtype=torch.bfloat16), normal(tokens, columns, seed=1, dtype=torch.bfloat16)
+    start = normal(columns, columns, seed=2, dtype=torch.float32)
+    got, square = start.clone(), start.clone()
+    left, right = native.Pairs(x), native.Pairs(y)
+    native.add_product(left, right, got)
+    native.add_product(left, left, square)
+    # the classical bound of a float32 sum: one rounding of 2^-24 a term
+    bound = (tokens + 2) * 2**-24 * (x.double().abs().T @ y.double().abs() + start.abs())
+    assert bool(((got - (start + x.double().T @ y.double())).abs() <= bound).all())
+    bound = (tokens + 2) * 2**-24 * (x.double().abs().T @ x.double().abs() + start.abs())
+    assert bool(((square - (start + x.double().T @ x.double())).abs().triu() <= bound).all())
+
+
+@needs_compiler
+def test_centred_blocks_are_rounded_once():
+    x, original = normal(200, 72, dtype=torch.bfloat16), normal(200, 72, seed=1, dtype=torch.bfloat16)
+    weight, shift = normal(200, seed=2).abs().float(), normal(72, seed=3, dtype=torch.bfloat16).float()
+    block = native.centre(x, original, weight, shift)
+    exact = x.double() - shift
+    for got, want in (
+        (block.scaled_TK, exact * weight.double().sqrt()[:, None]),
+        (block.plain_TK, exact),
+        (block.gap_TK, (original.double() - x.double()) * weight[:, None]),
+    ):
+        assert bool(((got.double() - want).abs() <= 2**-8 * want.abs() * (1 + 1e-5)).all())
+    torch.testing.assert_close(block.sum_K.double(), weight.double() @ exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(block.gap_sum_K, block.gap_TK.float().sum(0), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_signed_rounding_for_the_awq_search():
+    weight, fold = normal(75, 192, dtype=torch.float32), normal(192, seed=1).exp().float()
+    weight[3, :64] = 0
+    got = awq.nearest(weight, fold, 64, torch.bfloat16)
+    want = awq.nearest(weight, fold, 64, torch.float32).to(torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    assert float((got == want).float().mean()) > 0.999
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+
+
+def test_wrong_tensors_are_refused():
+    with pytest.raises(ValueError, match="contiguous"):
+        native._at(torch.zeros(4, 4).T[:, :2])
+    assert native._at(None).value is None
+
+
+WITHOUT_COMPILER = """
+import torch
+from gptoss_quantize.kernels import native
+assert not native.available() and "no C++ compiler" in native.problem(), native.problem()
+from gptoss_quantize.kernels.experts import gated
+out = gated(torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16),
+            torch.zeros(4, dtype=torch.bfloat16), 7.0, 1.702)
+assert out.shape == (2, 2)
+"""
+
+
+def test_without_a_compiler_torch_does_the_work(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", WITHOUT_COMPILER],
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_a_bad_compiler_is_reported(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo fake 1.0\necho sorry >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    code = "from gptoss_quantize.kernels import native; print(native.available(), native.problem())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={"PATH": f"{tmp_path}:/bin:/usr/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("False")
+    assert "sorry" in done.stdout
+    made = native._build(native._compiler())
+    before = made.stat().st_mtime_ns
+    assert native._build(native._compiler()) == made
+    assert made.stat().st_mtime_ns == before
