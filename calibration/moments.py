@@ -67,7 +67,8 @@ class MomentSums:
         weight = weight_T.to(self._sum.dtype)
         self.total += float(weight.sum())
         self.squares += float(weight.square().sum())
-        if self.native and not self.diagonal and native.takes(x_TK) and native.has_products():
+        ready = native.takes(x_TK, torch.bfloat16) and native.has_products()
+        if self.native and not self.diagonal and ready:
             self._add_native(x_TK, weight, original_TK)
             return
         # converted first: torch's mixed-dtype subtraction is several times slower
@@ -90,12 +91,12 @@ class MomentSums:
 
     def _add_native(self, x_TK: torch.Tensor, weight_T: torch.Tensor, original_TK: torch.Tensor | None) -> None:
         block = native.centre(x_TK, original_TK, weight_T, self._shift)
-        self._sum += block.sum_K
-        if block.gap_TK is not None and block.plain_TK is not None:
+        self._sum += block.sum
+        if block.gap is not None and block.plain is not None:
             self.paired = True
-            self._gap += block.gap_sum_K
-            native.add_product(native.Pairs(block.gap_TK), native.Pairs(block.plain_TK), self._drift)
-        scaled = native.Pairs(block.scaled_TK)
+            self._gap += block.gap_sum
+            native.add_product(native.Pairs(block.gap), native.Pairs(block.plain), self._drift)
+        scaled = native.Pairs(block.scaled)
         native.add_product(scaled, scaled, self._second)
 
     def finish(self, device: torch.device | str = "cpu", *, paired: bool = False) -> Moments:

@@ -46,7 +46,7 @@ def gated(
     """
     sorted_RD = torch.cat((gate_up_RD[0::2], gate_up_RD[1::2]))
     gate_up_TR = functional.linear(x_TD, sorted_RD, torch.cat((bias_R[0::2], bias_R[1::2])))
-    if native.takes(gate_up_TR):
+    if native.takes(gate_up_TR, torch.bfloat16, torch.float32):
         return native.swiglu(gate_up_TR, limit, alpha)
     gate_TF, up_TF = gate_up_TR.chunk(2, dim=-1)
     return swiglu(gate_TF, up_TF, limit, alpha)

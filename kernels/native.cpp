@@ -278,18 +278,32 @@ BOTH(refine_block, REFINE, (low, width, columns, rows, hessian, state, delta, co
    const T* extra, int64_t extras, T* scale)
 BOTH(search_scale, SEARCH, (rows, columns, group, weight, importance, ratio, ratios, extra, extras, scale))
 
-// kernels.experts.swiglu in float32 on bfloat16: rows of 2F, gates then ups, to rows of F
-EXPORT void swiglu_bf16(int64_t tokens, int64_t width, const uint16_t* gate_up, float limit, float alpha, uint16_t* out) {
+// kernels.experts.swiglu, computed in float32: rows of 2F, gates then ups, to rows of F
+namespace {
+inline float widen(float value) { return value; }
+inline void put(float* to, float value) { *to = value; }
+inline void put(uint16_t* to, float value) { *to = narrow(value); }
+
+template <typename T>
+void swiglu(int64_t tokens, int64_t width, const T* gate_up, float limit, float alpha, T* out) {
   for (int64_t t = 0; t < tokens; ++t) {
-    const uint16_t* gates = gate_up + 2 * t * width;
-    const uint16_t* ups = gates + width;
+    const T* gates = gate_up + 2 * t * width;
+    const T* ups = gates + width;
     for (int64_t f = 0; f < width; ++f) {
       float gate = widen(gates[f]), up = widen(ups[f]);
       gate = gate > limit ? limit : gate;
       up = up > limit ? limit : (up < -limit ? -limit : up);
-      out[t * width + f] = narrow((up + 1.0f) * gate / (1.0f + exponential(-alpha * gate)));
+      put(out + t * width + f, (up + 1.0f) * gate / (1.0f + exponential(-alpha * gate)));
     }
   }
+}
+}  // namespace
+
+EXPORT void swiglu_bf16(int64_t tokens, int64_t width, const uint16_t* gate_up, float limit, float alpha, uint16_t* out) {
+  swiglu<uint16_t>(tokens, width, gate_up, limit, alpha, out);
+}
+EXPORT void swiglu_f32(int64_t tokens, int64_t width, const float* gate_up, float limit, float alpha, float* out) {
+  swiglu<float>(tokens, width, gate_up, limit, alpha, out);
 }
 
 // calibration.moments: what the products of one block of tokens need, in bfloat16. scaled = (x - shift) root, and where

@@ -26,7 +26,7 @@ import torch
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-shared", "-fPIC")
 MAX_BLOCK = 128  # kMaxBlock of native.cpp
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+_SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 
 
 def _compiler() -> str | None:
@@ -182,16 +182,16 @@ def _over_rows(rows: int, call: Callable[[int, int], None]) -> None:
     list(_pool(len(starts)).map(lambda start: call(start, min(share, rows - start)), starts))
 
 
-def takes(tensor: torch.Tensor) -> bool:
-    """Return whether the elementwise passes below can work on a tensor: bfloat16, on a CPU, compiled code there."""
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and available()
+def takes(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Return whether the elementwise passes below can work on a tensor: on a CPU, of such a dtype, and compiled."""
+    return tensor.dtype in dtypes and tensor.device.type == "cpu" and available()
 
 
 def swiglu(gate_up_TR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
-    """Return kernels.experts.swiglu [T, F] of bfloat16 rows [T, 2F], gates then ups; computed in float32."""
+    """Return kernels.experts.swiglu [T, F] of bfloat16 or float32 rows [T, 2F], gates then ups."""
     T, R = gate_up_TR.shape
     out_TF = gate_up_TR.new_empty(T, R // 2)
-    function = _function("swiglu_bf16")
+    function = _function("swiglu", gate_up_TR.dtype)
 
     def part(start: int, rows: int) -> None:
         where = _at(gate_up_TR[start]), ctypes.c_float(limit), ctypes.c_float(alpha), _at(out_TF[start])
@@ -205,11 +205,11 @@ def swiglu(gate_up_TR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor
 class Centred:
     """One block of tokens, ready for the products of calibration.moments."""
 
-    scaled_TK: torch.Tensor  # bfloat16, (x - shift) * sqrt(weight)
-    plain_TK: torch.Tensor | None  # bfloat16, x - shift; None without an original
-    gap_TK: torch.Tensor | None  # bfloat16, (original - x) * weight; None without an original
-    sum_K: torch.Tensor  # float32, sum of weight * (x - shift)
-    gap_sum_K: torch.Tensor  # float32, sum of gap
+    scaled: torch.Tensor  # [T, K] bfloat16, (x - shift) * sqrt(weight)
+    plain: torch.Tensor | None  # [T, K] bfloat16, x - shift; None without an original
+    gap: torch.Tensor | None  # [T, K] bfloat16, (original - x) * weight; None without an original
+    sum: torch.Tensor  # [K] float32, sum of weight * (x - shift)
+    gap_sum: torch.Tensor  # [K] float32, sum of gap
 
 
 def centre(
@@ -270,7 +270,7 @@ def add_product(left: Pairs, right: Pairs, out_KK: torch.Tensor) -> None:
 
 
 def round_signed(weight_NK: torch.Tensor, fold_K: torch.Tensor, group: int) -> torch.Tensor:
-    """Return bfloat16 [N, K]: weight * fold rounded under the signed full-range scale, over fold; see quantize.awq."""
+    """Return bfloat16 [N, K]: weight * fold rounded with the signed full-range scale, over fold; see quantize.awq."""
     N, K = weight_NK.shape
     if group > 1024:
         raise ValueError(f"native kernels: group size {group} is above 1024")
