@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gptoss_quantize import __version__
+from gptoss_quantize import __version__, cli_sizes
 from gptoss_quantize.errors import InputError
 
 
@@ -302,6 +302,9 @@ def demo(
         progress=progress,
         console=Console(),
     )
+
+
+cli_sizes.register(app)
 
 
 def main() -> None:
