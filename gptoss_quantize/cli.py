@@ -137,6 +137,9 @@ def quantize(
     revision: RevisionOpt = None,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = Dtype.auto,
+    memory: Annotated[
+        str | None, typer.Option(help="What the process may take, such as 12GiB; 60 % of what is free without it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or a stale unfinished run.")] = False,
     recipe: Annotated[
@@ -147,6 +150,7 @@ def quantize(
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.quantize.recipes import RECIPES, override
     from gptoss_quantize.quantize.run import Job
+    from gptoss_quantize.units import parse_size
     from gptoss_quantize.workflow import DTYPES, quantize_model
 
     spec = TextSpec(
@@ -159,6 +163,7 @@ def quantize(
         group_size=int(group_size.value),
         device=device,
         dtype=DTYPES[dtype.value],
+        memory=None if memory is None else parse_size(memory, "--memory"),
         resume=resume,
         overwrite=overwrite,
     )

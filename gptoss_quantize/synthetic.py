@@ -236,6 +236,6 @@ tags: [synthetic, benchmark]
 (`synthetic-model --like {facts["like"]} --layers {facts["layers"]} --seed {facts["seed"]}`) to measure the time and
 memory of quantization at true size: hidden {raw["hidden_size"]}, {raw["num_local_experts"]} experts, top
 {raw["num_experts_per_tok"]}, vocabulary {raw["vocab_size"]}, {facts["layers"]} of {facts["of_layers"]} layers,
-experts in MXFP4. Scales, outlier channels and routing are imitated; qualities measured on it say nothing about gpt-oss.
+experts in MXFP4. Scales, outlier channels and routing are imitated; qualities measured on it say nothing of gpt-oss.
 The tokenizer is a byte-level BPE of {BPE_VOCAB} tokens at most. It is no gpt-oss model, and OpenAI has no part in it.
 """

@@ -94,8 +94,8 @@ def needed(
     if states == "disk":
         # the rows of the experts at work are touched, and dropped afterwards
         arrays = min(arrays, arrays * 2 * experts_at_once * config.top_k // config.experts)
-    # the outer tensors are copied before the first layer; the embedding is looked up in once
-    vocabulary = 2 * config.vocab * config.hidden
+    # embedding and head are copied before the first layer, both in one file
+    vocabulary = 2 * 2 * config.vocab * config.hidden
     layer = routing + arrays + _fixed_bytes(config) + experts_at_once * solve_bytes(config)
     return base + max(vocabulary, layer)
 
@@ -112,26 +112,18 @@ def resolve(
     limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory())
     each = solve_bytes(config)
     useful = min(config.experts, max(threads, USEFUL_BYTES // each))
-    for states in ("memory", "disk"):
-        for count in range(useful, 0, -1):
-            if needed(config, tokens, dtype, base, count, states) <= limit:
-                if (
-                    states == "memory"
-                    and count < min(threads, useful)
-                    and _fits_on_disk(config, tokens, dtype, base, count + 1, limit)
-                ):
-                    break
-                return Budget(bytes=limit, experts_at_once=count, states=states)
+    enough = min(threads, useful)
+    candidates = [(count, "memory") for count in range(useful, enough, -1)]
+    candidates += [(count, states) for count in range(enough, 0, -1) for states in ("memory", "disk")]
+    for count, states in candidates:
+        if needed(config, tokens, dtype, base, count, states) <= limit:
+            return Budget(bytes=limit, experts_at_once=count, states=states)
     least = needed(config, tokens, dtype, base)
     named = "--memory" if budget is not None else f"{DEFAULT_SHARE:.0%} of the free memory,"
     raise InputError(
         f"{named} {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about {gib(least)}; "
         "give more (--memory), or fewer calibration tokens (--tokens)"
     )
-
-
-def _fits_on_disk(config: ModelConfig, tokens: int, dtype: torch.dtype, base: int, experts: int, limit: int) -> bool:
-    return needed(config, tokens, dtype, base, experts, "disk") <= limit
 
 
 def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:

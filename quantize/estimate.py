@@ -80,6 +80,7 @@ def estimate(
         torch.randn(count, config.hidden, generator=generator).to(dtype),
         torch.arange(count).remainder(experts)[:, None],
         torch.full((count, 1), 0.25),
+        torch.zeros(count, config.hidden),
     )
     dense = {
         "post_attention_layernorm.weight": torch.ones(config.hidden),

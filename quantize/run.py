@@ -13,19 +13,25 @@ from typing import Any
 
 import psutil
 import torch
+from torch.nn import functional
 
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
-from gptoss_quantize.model import attend, batches, embed, mlp_input, rope_tables, router
-from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer, round_layer
-from gptoss_quantize.quantize.output import Output
+from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
+from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
+from gptoss_quantize.quantize.layer import (
+    Clock,
+    LayerResult,
+    Routed,
+    calibrated_layer,
+    release_memory,
+    round_layer,
+)
+from gptoss_quantize.quantize.output import HiddenFile, Output
 from gptoss_quantize.quantize.recipes import Recipe
-
-# what the arrays of one batched solve may take, until a memory budget decides
-SOLVE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,7 @@ class Job:
     group_size: int = 64
     device: str = "auto"  # auto: cuda where there is one
     dtype: torch.dtype | None = None  # of matrix products; None: what the device multiplies fastest
+    memory: int | None = None  # bytes that the process may take; None: 60 % of what is free
     resume: bool = False
     overwrite: bool = False
 
@@ -112,14 +119,12 @@ def quantize_checkpoint(
     clock = Clock()
     clock.seconds = output.state["seconds"]
     shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
+    budget = _budget(source, job, tokens, output)
     done = len(output.state["layers"])
     if not output.state["weight_map"]:
         _write_outer(source, output)
         if tokens is not None and shape is not None:
-            hidden = output.hidden(0, shape)
-            for batch in batches(shape[0], shape[1]):
-                hidden.write(batch, embed(source, tokens.ids[batch]))
-            hidden.flush()
+            _write_embedded(source, tokens, output.hidden(0, shape))
         output.save_state()
     for i in range(done):
         on_layer(i)
@@ -128,7 +133,7 @@ def quantize_checkpoint(
             if tokens is None or shape is None:
                 result = round_layer(source, i, job.recipe, job.group_size, clock)
             else:
-                result = _calibrate(source, i, job, output, shape, clock)
+                result = _calibrate(source, i, job, output, shape, budget, clock)
             with clock("write"):
                 _write_layer(source, i, result, output)
             on_layer(i)
@@ -173,6 +178,7 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "recipe": asdict(job.recipe),
         "group_size": job.group_size,
         "calibration": None if tokens is None else tokens.sha256,
+        "memory": job.memory,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": job.device,
     }
@@ -181,6 +187,25 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
 def _identity(files: list[Path]) -> dict[str, list[int]]:
     """Return name -> [bytes, modification time in ns]: what must not change between a run and its continuation."""
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+
+
+def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output) -> Budget:
+    """Return the memory budget that the run began with, or resolve it now and remember it."""
+    if stored := output.state.get("budget"):
+        return Budget(**stored)
+    count = 0 if tokens is None else tokens.tokens
+    dtype = job.dtype or compute_dtype(job.device)
+    budget = resolve(source.config, count, dtype, job.memory, threads=torch.get_num_threads())
+    output.state["budget"] = asdict(budget)
+    return budget
+
+
+def _write_embedded(source: Checkpoint, tokens: Tokens, hidden: HiddenFile) -> None:
+    """Write the hidden states below the first layer: the embedding of every token."""
+    table = source.dense("model.embed_tokens.weight")
+    for batch in batches(*tokens.ids.shape):
+        hidden.write(batch, functional.embedding(tokens.ids[batch], table).float())
+    hidden.flush()
 
 
 def _write_outer(source: Checkpoint, output: Output) -> None:
@@ -197,7 +222,13 @@ def _write_layer(source: Checkpoint, index: int, result: LayerResult, output: Ou
 
 
 def _calibrate(
-    source: Checkpoint, index: int, job: Job, output: Output, shape: tuple[int, int, int], clock: Clock
+    source: Checkpoint,
+    index: int,
+    job: Job,
+    output: Output,
+    shape: tuple[int, int, int],
+    budget: Budget,
+    clock: Clock,
 ) -> LayerResult:
     """Run one layer on the hidden states of the previous one, quantize it, leave hidden states for the next."""
     config, dtype = source.config, job.dtype or compute_dtype(job.device)
@@ -207,10 +238,15 @@ def _calibrate(
         dense = {name: t.to(job.device) for name, t in source.layer(index).items()}
     rope = rope_tables(config, positions, job.device)
     count, per = sequences * positions, config.top_k
+    (x_all, out), drop = token_arrays(
+        [((count, width), dtype), ((count, width), torch.float32)], budget.states, output.partial, job.device
+    )
     routed = Routed(
-        torch.empty(count, width, dtype=dtype, device=job.device),
+        x_all,
         torch.empty(count, per, dtype=torch.int64, device=job.device),
         torch.empty(count, per, dtype=torch.float32, device=job.device),
+        out,
+        drop,
     )
     with clock("attention"):
         for batch in batches(sequences, positions):
@@ -220,22 +256,17 @@ def _calibrate(
             routed.x[part] = x.to(dtype)
             routed.index[part], routed.prob[part] = router(x, dense, config)
             after.write(batch, h.cpu())
-    at_once = max(1, SOLVE_BYTES // _solve_bytes(config.hidden, config.intermediate))
-    result = calibrated_layer(source, index, dense, routed, job.recipe, job.group_size, at_once, clock)
-    assert result.out is not None
+            drop()
+    release_memory()
+    result = calibrated_layer(source, index, dense, routed, job.recipe, job.group_size, budget.experts_at_once, clock)
     with clock("write"):
         for batch in batches(sequences, positions):
             part = slice(batch.start * positions, batch.stop * positions)
-            after.write(batch, after.read(batch) + result.out[part].cpu().unflatten(0, (-1, positions)))
+            after.write(batch, after.read(batch) + out[part].cpu().unflatten(0, (-1, positions)))
+            drop()
         after.flush()
     result.report["tokens"] = torch.bincount(routed.index.flatten(), minlength=config.experts).tolist()
     return result
-
-
-def _solve_bytes(hidden: int, intermediate: int) -> int:
-    """Return about what one expert needs in a batched solve: weights and four arrays of their size, Hessians."""
-    weights = max(2 * intermediate * hidden, intermediate * hidden)
-    return 4 * (3 * intermediate * hidden + 5 * weights + 7 * max(hidden, intermediate) ** 2)
 
 
 def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, seconds: float) -> dict[str, Any]:
@@ -259,6 +290,7 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         "seconds": round(seconds, 1),
         "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
         "peak_rss_mib": peak_rss_mib(),
+        "memory": output.state["budget"],
         "machine": {
             "cpu_threads": torch.get_num_threads(),
             "torch": torch.__version__,
