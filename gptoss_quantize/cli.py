@@ -64,6 +64,13 @@ class Group(StrEnum):
     g64 = "64"
 
 
+class Dense(StrEnum):
+    """How attention, embedding and head are stored."""
+
+    source = "source"
+    int8 = "int8"
+
+
 class Dtype(StrEnum):
     """Dtype of matrix products."""
 
@@ -125,6 +132,9 @@ def quantize(
     group_size: Annotated[
         Group, typer.Option(help="64: 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
     ] = Group.g64,
+    dense: Annotated[
+        Dense, typer.Option(help="int8: attention, embedding and head in 8 bits too; our loader and GGUF, not vLLM.")
+    ] = Dense.source,
     calibration: Annotated[
         str, typer.Option(help="default, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][@SPLIT].")
     ] = "default",
@@ -161,6 +171,7 @@ def quantize(
         method=method.value,
         recipe=override(RECIPES[method.value], recipe or []),
         group_size=int(group_size.value),
+        dense=dense.value,
         device=device,
         dtype=DTYPES[dtype.value],
         memory=None if memory is None else parse_size(memory, "--memory"),

@@ -10,16 +10,22 @@ import torch
 
 GROUP_SIZE = 32
 CODE_MAX = 127
+_ROWS = 4096
 # of float16: the smallest number above zero, and the largest
 SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0
 
 
 def quantize(weight_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (int8 codes [..., R, C], float16 scales [..., R, G]); a group of zeros gets the smallest scale."""
-    grouped = weight_RC.float().unflatten(-1, (-1, GROUP_SIZE))
-    scale_RG = (grouped.abs().amax(-1) / CODE_MAX).clamp(SCALE_MIN, SCALE_MAX).to(torch.float16)
-    codes = (grouped / scale_RG.float()[..., None]).round_().clamp_(-CODE_MAX, CODE_MAX)
-    return codes.flatten(-2).to(torch.int8), scale_RG
+    rows_RGg = weight_RC.unflatten(-1, (-1, GROUP_SIZE)).flatten(0, -3)
+    codes = torch.empty(rows_RGg.shape, dtype=torch.int8, device=weight_RC.device)
+    scale = torch.empty(rows_RGg.shape[:-1], dtype=torch.float16, device=weight_RC.device)
+    # in pieces: a vocabulary in float32 would be twice the size of what is quantized
+    for part, code, stored in zip(rows_RGg.split(_ROWS), codes.split(_ROWS), scale.split(_ROWS), strict=True):
+        values = part.float()
+        stored.copy_((values.abs().amax(-1) / CODE_MAX).clamp_(SCALE_MIN, SCALE_MAX))
+        code.copy_((values / stored.float()[..., None]).round_().clamp_(-CODE_MAX, CODE_MAX))
+    return codes.reshape(weight_RC.shape), scale.reshape(*weight_RC.shape[:-1], -1)
 
 
 def dequantize(codes_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

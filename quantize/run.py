@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, int8
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
 from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
 from gptoss_quantize.quantize.layer import (
@@ -44,6 +44,7 @@ class Job:
     group_size: int = 64
     device: str = "auto"  # auto: cuda where there is one
     dtype: torch.dtype | None = None  # of matrix products; None: what the device multiplies fastest
+    dense: str = "source"  # or int8: attention, embedding and head in 8 bits
     memory: int | None = None  # bytes that the process may take; None: 60 % of what is free
     resume: bool = False
     overwrite: bool = False
@@ -122,7 +123,7 @@ def quantize_checkpoint(
     budget = _budget(source, job, tokens, output)
     done = len(output.state["layers"])
     if not output.state["weight_map"]:
-        _write_outer(source, output)
+        _write_outer(source, job, output)
         if tokens is not None and shape is not None:
             _write_embedded(source, tokens, output.hidden(0, shape))
         output.save_state()
@@ -135,12 +136,16 @@ def quantize_checkpoint(
             else:
                 result = _calibrate(source, i, job, output, shape, budget, clock)
             with clock("write"):
-                _write_layer(source, i, result, output)
+                _write_layer(source, i, job, result, output)
             on_layer(i)
     report = _report(source, job, tokens, output, time.time() - started)
     raw = {k: v for k, v in config.raw.items() if k != "quantization_config"}
     marker = {"version": __version__, "format": "int4", "method": job.method, "group_size": job.group_size}
-    raw |= {"quantization_config": quantization_config(job.group_size), "gptoss_quantize": marker}
+    described = quantization_config(job.group_size)
+    if job.dense == "int8":
+        # a name that runtimes do not know: vLLM would leave tensors that it does not find uninitialised
+        marker, described = marker | {"dense": "int8"}, described | {"quant_method": "gptoss-quantize"}
+    raw |= {"quantization_config": described, "gptoss_quantize": marker}
     output.finish(source.path, raw, report)
     return report
 
@@ -156,6 +161,13 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
                 f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
                 f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
             )
+    if job.dense not in ("source", "int8"):
+        raise InputError(f"--dense {job.dense}: expected source or int8")
+    if job.dense == "int8" and (odd := _columns_beside_groups(source)):
+        raise InputError(
+            f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense int8 "
+            "works in groups of that many, leave it out"
+        )
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
     if tokens is not None and int(tokens.ids.max()) >= config.vocab:
@@ -177,6 +189,7 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "method": job.method,
         "recipe": asdict(job.recipe),
         "group_size": job.group_size,
+        "dense": job.dense,
         "calibration": None if tokens is None else tokens.sha256,
         "memory": job.memory,
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -208,15 +221,34 @@ def _write_embedded(source: Checkpoint, tokens: Tokens, hidden: HiddenFile) -> N
     hidden.flush()
 
 
-def _write_outer(source: Checkpoint, output: Output) -> None:
-    """Write the first shard: embedding, final norm and head, as they are in the source."""
-    names = [n for n in dense_shapes(source.config) if not n.startswith("model.layers.")]
-    output.write_shard(1, {name: source.dense(name) for name in names})
+def _columns_beside_groups(source: Checkpoint) -> tuple[str, int] | None:
+    """Return the first matrix that groups of 32 columns do not divide, with its columns."""
+    shapes = dense_shapes(source.config).items()
+    return next(((n, s[-1]) for n, s in shapes if q8_names(n, s) and s[-1] % int8.GROUP_SIZE), None)
 
 
-def _write_layer(source: Checkpoint, index: int, result: LayerResult, output: Output) -> None:
-    tensors = source.layer(index) | {k: v.cpu() for k, v in result.tensors.items()}
-    output.write_shard(index + 2, {f"model.layers.{index}.{name}": t for name, t in tensors.items()})
+def _stored(name: str, tensor: torch.Tensor, dense: str) -> dict[str, torch.Tensor]:
+    """Return what is written for a tensor outside the experts: itself, or its codes and scales."""
+    if dense != "int8" or not (names := q8_names(name, tuple(tensor.shape))):
+        return {name: tensor}
+    return {stored: part for (stored, _), part in zip(names, int8.quantize(tensor), strict=True)}
+
+
+def _write_outer(source: Checkpoint, job: Job, output: Output) -> None:
+    """Write the first shard: embedding, final norm and head."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in dense_shapes(source.config):
+        if not name.startswith("model.layers."):
+            tensors |= _stored(name, source.dense(name), job.dense)
+    output.write_shard(1, tensors)
+
+
+def _write_layer(source: Checkpoint, index: int, job: Job, result: LayerResult, output: Output) -> None:
+    prefix = f"model.layers.{index}."
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in (source.layer(index) | {k: v.cpu() for k, v in result.tensors.items()}).items():
+        tensors |= _stored(prefix + name, tensor, job.dense)
+    output.write_shard(index + 2, tensors)
     output.state["layers"].append(result.report)
     output.save_state()
 
