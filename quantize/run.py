@@ -30,7 +30,7 @@ from gptoss_quantize.quantize.layer import (
     release_memory,
     round_layer,
 )
-from gptoss_quantize.quantize.output import HiddenFile, Output
+from gptoss_quantize.quantize.output import HiddenFile, Output, alone
 from gptoss_quantize.quantize.recipes import Recipe
 
 
@@ -112,11 +112,17 @@ def quantize_checkpoint(
     _check(source, job, tokens)
     device = pick_device(job.device)
     job = replace(job, device=device, dtype=job.dtype or compute_dtype(device))
-    started = time.time()
-    config = source.config
-    output = Output(
-        job.dest, config.layers + 1, _settings(source, job, tokens), resume=job.resume, overwrite=job.overwrite
-    )
+    settings = _settings(source, job, tokens)
+    output = Output(job.dest, source.config.layers + 1, settings, resume=job.resume, overwrite=job.overwrite)
+    with alone(output.partial):
+        return _run(source, job, tokens, output, on_layer)
+
+
+def _run(
+    source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, on_layer: Callable[[int], None]
+) -> dict[str, Any]:
+    """Do what is left of a run; see `quantize_checkpoint`."""
+    config, started = source.config, time.time()
     clock = Clock()
     clock.seconds = output.state["seconds"]
     shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
@@ -313,6 +319,7 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
         "expert_bits_per_weight": int4.bits_per_weight(config.hidden, job.group_size),
         "bytes": output.state["bytes"],
+        "crc32": output.state["crc32"],
         "experts_without_tokens": [[i, e["expert"]] for i, e in entries if e["tokens"] == 0],
         "experts_under_50_tokens": [[i, e["expert"]] for i, e in entries if 0 < e["tokens"] < 50],
         "hessians_with_extra_damping": [
