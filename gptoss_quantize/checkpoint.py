@@ -17,11 +17,17 @@ import torch
 from gptoss_quantize.adapter import Adapter
 from gptoss_quantize.config import ModelConfig, parse_config, read_json
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int4, mxfp4
+from gptoss_quantize.kernels import int4, int8, mxfp4
 from gptoss_quantize.shards import ShardFile, TensorInfo
 
 INDEX_NAMES = ("gptoss-int4.safetensors.index.json", "model.safetensors.index.json")
 SINGLE_NAME = "model.safetensors"
+# what `--dense int8` stores in 8 bits; routers, norms, biases and sinks stay as they are
+Q8_MATRICES = (
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INCOMPLETE = "config.json and weights are not of one whole model, get both from the source again"
 _INDEX_REMEDY = "get the index and all files it names from the source again"
@@ -63,6 +69,13 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def q8_names(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return (codes, scales), each (name, shape), of a matrix that `--dense int8` stores; [] for other tensors."""
+    if not name.endswith(Q8_MATRICES):
+        return []
+    return [(name + "_q8", shape), (name + "_q8_scale", (*shape[:-1], -(-shape[-1] // int8.GROUP_SIZE)))]
+
+
 def expert_shapes(config: ModelConfig, expert_format: str, group_size: int) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every expert tensor of a format ("float", "mxfp4" or "int4")."""
     E, D, F = config.experts, config.hidden, config.intermediate
@@ -99,6 +112,7 @@ class Checkpoint:
         self.adapter = adapter
         self._shard_of = _open_shards(path)
         self.expert_format = self._detect_format()
+        self.dense_format = "int8" if "model.embed_tokens.weight_q8" in self._shard_of else "float"
         self.group_size = self._detect_group_size() if self.expert_format == "int4" else 0
         self._check_names_and_shapes()
         if adapter is not None:
@@ -134,7 +148,9 @@ class Checkpoint:
         return tensor
 
     def dense(self, name: str) -> torch.Tensor:
-        """Return a tensor outside the experts, adapter merged (in the stored dtype)."""
+        """Return a tensor outside the experts, adapter merged (in the stored dtype; float32 where it is in int8)."""
+        if self.dense_format == "int8" and name.endswith(Q8_MATRICES):
+            return int8.dequantize(self.read(name + "_q8"), self.read(name + "_q8_scale"))
         tensor = self.read(name)
         if self.adapter is not None and name in self.adapter.targets:
             tensor = self.adapter.merge(name, tensor)
@@ -225,6 +241,10 @@ class Checkpoint:
 
     def _check_names_and_shapes(self) -> None:
         expected = dense_shapes(self.config) | expert_shapes(self.config, self.expert_format, self.group_size)
+        if self.dense_format == "int8":
+            replaced = {name: q8_names(name, shape) for name, shape in dense_shapes(self.config).items()}
+            stored = {name: shape for pair in replaced.values() for name, shape in pair}
+            expected = {name: shape for name, shape in expected.items() if not replaced.get(name)} | stored
         for name, shape in expected.items():
             if name not in self._shard_of:
                 raise InputError(f"{self.path}: tensor {name} is missing; {_INCOMPLETE}")
@@ -248,6 +268,8 @@ class Checkpoint:
 def _allowed_dtypes(name: str) -> tuple[torch.dtype, ...]:
     if name.endswith(("_blocks", "_scales")):
         return (torch.uint8,)
+    if name.endswith("_q8"):
+        return (torch.int8,)
     return (torch.int32,) if name.endswith("_packed") else FLOATS
 
 

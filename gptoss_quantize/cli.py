@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gptoss_quantize import __version__
+from gptoss_quantize import __version__, cli_sizes
 from gptoss_quantize.errors import InputError
 
 
@@ -62,6 +62,13 @@ class Group(StrEnum):
 
     g32 = "32"
     g64 = "64"
+
+
+class Dense(StrEnum):
+    """How attention, embedding and head are stored."""
+
+    source = "source"
+    int8 = "int8"
 
 
 class Dtype(StrEnum):
@@ -125,6 +132,9 @@ def quantize(
     group_size: Annotated[
         Group, typer.Option(help="64: 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
     ] = Group.g64,
+    dense: Annotated[
+        Dense, typer.Option(help="int8: attention, embedding and head in 8 bits too; our loader and GGUF, not vLLM.")
+    ] = Dense.source,
     calibration: Annotated[
         str, typer.Option(help="default, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][@SPLIT].")
     ] = "default",
@@ -137,6 +147,9 @@ def quantize(
     revision: RevisionOpt = None,
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = Dtype.auto,
+    memory: Annotated[
+        str | None, typer.Option(help="What the process may take, such as 12GiB; 60 % of what is free without it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or a stale unfinished run.")] = False,
     recipe: Annotated[
@@ -147,6 +160,7 @@ def quantize(
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.quantize.recipes import RECIPES, override
     from gptoss_quantize.quantize.run import Job
+    from gptoss_quantize.units import parse_size
     from gptoss_quantize.workflow import DTYPES, quantize_model
 
     spec = TextSpec(
@@ -157,8 +171,10 @@ def quantize(
         method=method.value,
         recipe=override(RECIPES[method.value], recipe or []),
         group_size=int(group_size.value),
+        dense=dense.value,
         device=device,
         dtype=DTYPES[dtype.value],
+        memory=None if memory is None else parse_size(memory, "--memory"),
         resume=resume,
         overwrite=overwrite,
     )
@@ -302,6 +318,9 @@ def demo(
         progress=progress,
         console=Console(),
     )
+
+
+cli_sizes.register(app)
 
 
 def main() -> None:

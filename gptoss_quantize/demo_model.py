@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from gptoss_quantize import smollm2
+from gptoss_quantize.architectures import MXFP4_NOT_CONVERTED
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.reexpress import (
     SWIGLU_LIMIT,
@@ -36,7 +38,6 @@ from gptoss_quantize.reexpress import (
 SAMPLE_LENGTH = 512
 SAMPLE_SEQUENCES = 8
 SHARD_BYTES = 500_000_000
-MXFP4_NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 Progress = Callable[[int, int], None]
 
@@ -82,7 +83,7 @@ def write_demo_model(
     embedding = source.tensor("token_embd.weight")
     hidden_BTD = functional.embedding(sample_ids_BT, embedding)
     layer_facts = []
-    with _staged(dest) as folder, torch.inference_mode():
+    with staged(dest) as folder, torch.inference_mode():
         shards = ShardWriter(folder)
         shards.add({"model.embed_tokens.weight": embedding[:, order].bfloat16()})
         for index in range(config.layers):
@@ -248,7 +249,7 @@ OpenAI has no part in it.
 
 
 @contextmanager
-def _staged(dest: Path) -> Iterator[Path]:
+def staged(dest: Path) -> Iterator[Path]:
     """A temporary folder beside `dest` that takes its name when all went well, and goes away when not."""
     folder = dest.with_name(f"{dest.name}.demo-partial")
     shutil.rmtree(folder, ignore_errors=True)
@@ -259,6 +260,8 @@ def _staged(dest: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.rename(dest)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: writing failed ({error}); free some space and run it again") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, GptOssForCausalLM
 
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.dense_int8 import put_int8_modules
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels.experts import EXPERT_KERNELS, PackedExperts
 
@@ -77,8 +78,9 @@ def load(
 ) -> GptOssForCausalLM:
     """Return a model ready for `generate`, its experts packed: about 4.25 bits each, 16 for the rest.
 
-    `dtype` is that of the activations and of everything outside the experts. `kernel` is a key of
-    `kernels.experts.EXPERT_KERNELS`. InputError for a directory that is not one of ours or not complete.
+    Attention, embedding and head that are stored in 8 bits stay so as well. `dtype` is that of the activations and of
+    everything else. `kernel` is a key of `kernels.experts.EXPERT_KERNELS`. InputError for a directory that is not one
+    of ours or not complete.
     """
     checkpoint = Checkpoint(Path(path))
     if checkpoint.expert_format != "int4":
@@ -97,14 +99,18 @@ def load(
         packed = read_packed(checkpoint, i)
         block.mlp.experts = PackedExpertsModule(packed, config.swiglu_limit, config.swiglu_alpha, kernel)
     # transformers keeps the norms in float32 whatever the dtype
+    kept = put_int8_modules(model, checkpoint, dtype) if checkpoint.dense_format == "int8" else set()
     state = {
-        name: checkpoint.dense(name).to(torch.float32 if "norm" in name else dtype) for name in dense_shapes(config)
+        name: checkpoint.dense(name).to(torch.float32 if "norm" in name else dtype)
+        for name in dense_shapes(config)
+        if name not in kept
     }
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     buffers = {name for name, _ in model.named_buffers()}
     if unexpected or set(missing) - buffers - ({"lm_head.weight"} if config.tied else set()):
         raise InputError(f"{path}: tensors do not fit the model: missing {missing}, unknown {unexpected}")
-    model.tie_weights()
+    if not kept:
+        model.tie_weights()
     if (Path(path) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval().to(device)

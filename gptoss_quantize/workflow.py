@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,24 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from gptoss_quantize.adapter import Adapter
+from gptoss_quantize.architectures import SIZES, gptoss_config
 from gptoss_quantize.calibration.sources import default_calibration_path
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.config import parse_config
 from gptoss_quantize.demo_model import build_demo_model
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.hub import resolve
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.loading import load
+from gptoss_quantize.plan import PlanRequest, disk, fits, serve_command, shard_tensors, sparsity
+from gptoss_quantize.quantize.budget import memory_plan
+from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
+from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
+from gptoss_quantize.synthetic import build_synthetic_model
 
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DEMO_PROMPT = "What is the capital of France, and what is it known for?"
@@ -113,6 +120,49 @@ def make_demo_model(
         mxfp4=mxfp4,
         progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
+
+
+def make_synthetic_model(dest: Path, *, like: str, layers: int | None, seed: int, bar: Progress) -> dict[str, Any]:
+    """Write a model of true shape with random weights and return facts about it."""
+    task = bar.add_task(f"synthetic {like}: layer", total=layers)
+    return build_synthetic_model(
+        dest,
+        like=like,
+        sample_text=sample_text(),
+        layers=layers,
+        seed=seed,
+        progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+
+
+def plan_model(wanted: PlanRequest) -> dict[str, Any]:
+    """Return what quantizing a model takes and gives, before it is run; the model may be a published shape's name."""
+    for option, value, known in (
+        ("--method", wanted.method, list(RECIPES)),
+        ("--group-size", wanted.group_size, [32, 64]),
+        ("--dense", wanted.dense, ["source", "int8"]),
+    ):
+        if value not in known:
+            raise InputError(f"{option} {value}: expected one of {', '.join(map(str, known))}")
+    source = None if wanted.model in SIZES else open_checkpoint(wanted.model)
+    config = parse_config(gptoss_config(wanted.model), wanted.model) if source is None else source.config
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+    def dense_dtype(name: str) -> str:
+        return "BF16" if source is None else names[source.info(name).dtype]
+
+    group_size, compute = wanted.group_size, compute_dtype("cpu")
+    record: dict[str, Any] = {
+        **asdict(wanted),
+        "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
+        "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
+        "sparsity": sparsity(wanted.model, config),
+        "serve": serve_command("OUT", config, group_size, wanted.gpu_memory, wanted.contexts[-1], dense_dtype),
+        "memory": memory_plan(config, wanted.tokens, compute),
+    }
+    if wanted.measure:
+        record["time"] = estimate(config, RECIPES[wanted.method], group_size, wanted.tokens, wanted.seq_len, compute)
+    return record
 
 
 def sample_text() -> str:

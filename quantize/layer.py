@@ -6,7 +6,7 @@ original would see. Within an expert, down_proj is calibrated on what the quanti
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,15 +34,16 @@ class Routed:
     x: torch.Tensor  # [T, D] in the compute dtype
     index: torch.Tensor  # [T, K]
     prob: torch.Tensor  # [T, K] float32
+    out: torch.Tensor  # [T, D] float32, zeros: the original block output is added up here
+    drop: Callable[[], None] = lambda: None  # takes x and out out of memory where they are on disk
 
 
 @dataclass(slots=True)
 class LayerResult:
-    """The quantized layer: tensors by their name inside the layer, a report entry, the original block output."""
+    """The quantized layer: tensors by their name inside the layer, and a report entry."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    out: torch.Tensor | None = None  # [T, D] float32
 
 
 def release_memory() -> None:
@@ -134,17 +135,20 @@ def calibrated_layer(
     experts_at_once: int,
     clock: Clock,
 ) -> LayerResult:
-    """Return a layer quantized on its routed tokens; `dense` are the layer's tensors outside the experts."""
+    """Return a layer quantized on its routed tokens, and add its original block output to `routed.out`.
+
+    `dense` are the layer's tensors outside the experts.
+    """
     config = source.config
     job = _Job(config, routed, recipe, group_size, clock, None)
-    result = LayerResult(out=torch.zeros(routed.x.shape, dtype=torch.float32, device=routed.x.device))
+    result = LayerResult()
     device = routed.x.device
     if recipe.awq:
         with clock("awq search"):
             fold = awq.search_input(
                 [job.sample(e) for e in range(config.experts)],
                 (_to(expert, device) for expert in source.experts(index)),
-                routed.x.float().abs().mean(0),
+                _mean_magnitude(routed.x),
                 dense,
                 config,
                 group_size,
@@ -154,11 +158,7 @@ def calibrated_layer(
         if fold.alpha:
             result.tensors["post_attention_layernorm.weight"] = fold.norm
             result.tensors["mlp.router.weight"] = fold.router
-            moved, _ = route(
-                job.seen(routed.x).float(), fold.router.float(), dense["mlp.router.bias"].float(), config.top_k
-            )
-            same = (moved.sort(-1).values == routed.index.sort(-1).values).all(-1).float().mean()
-            result.report["awq"]["routing_unchanged"] = float(same)
+            result.report["awq"]["routing_unchanged"] = _same_routing(job, fold.router, dense["mlp.router.bias"])
     entries: list[dict[str, Any]] = []
     for start in range(0, config.experts, experts_at_once):
         chunk = range(start, min(start + experts_at_once, config.experts))
@@ -166,9 +166,27 @@ def calibrated_layer(
             experts = [_to(source.expert(index, e), device) for e in chunk]
         entries += _solve_chunk(job, chunk, experts, result)
         del experts
+        routed.drop()
         release_memory()
     result.report["experts"] = entries
     return result
+
+
+def _mean_magnitude(x_TD: torch.Tensor) -> torch.Tensor:
+    """Return the mean of |x| over tokens [D], in float32, without a second copy of x."""
+    total = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)
+    for rows in token_blocks(len(x_TD)):
+        total += x_TD[rows].float().abs().sum(0)
+    return (total / len(x_TD)).float()
+
+
+def _same_routing(job: _Job, router: torch.Tensor, bias: torch.Tensor) -> float:
+    """Return the share of tokens that the folded router sends to the same experts."""
+    same, count = 0, len(job.routed.x)
+    for rows in token_blocks(count):
+        moved, _ = route(job.seen(job.routed.x[rows]).float(), router.float(), bias.float(), job.config.top_k)
+        same += int((moved.sort(-1).values == job.routed.index[rows].sort(-1).values).all(-1).sum())
+    return same / count
 
 
 def _to(expert: Expert, where: torch.device | torch.dtype) -> Expert:
@@ -199,7 +217,7 @@ def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: Layer
         biases = torch.stack([e.gate_up_bias for e in experts])
         gate_up = solve(torch.stack(wide), biases, stats, recipe, size, job.routed.x.dtype)
     stats = [
-        _down_moments(job, e, original, gate_up, at, folds[at], result)
+        _down_moments(job, e, original, gate_up, at, folds[at])
         for at, (e, original) in enumerate(zip(chunk, originals, strict=True))
     ]
     with clock("solve"):
@@ -239,9 +257,9 @@ def _fold_down(
 
 
 def _down_moments(
-    job: _Job, e: int, original: Expert, gate_up: Solution, at: int, fold: torch.Tensor | None, result: LayerResult
+    job: _Job, e: int, original: Expert, gate_up: Solution, at: int, fold: torch.Tensor | None
 ) -> Moments:
-    """Return the moments of down_proj's input; adds the original output of the expert to `result`.
+    """Return the moments of down_proj's input; adds the original output of the expert to the block's.
 
     With full Hessians the input is what the quantized gate_up gives, with the drift from the original one.
     """
@@ -252,13 +270,12 @@ def _down_moments(
     full = not sums.diagonal
     cast = _to(original, dtype)
     weight, bias = gate_up.weight(at, dtype), gate_up.bias[at].to(dtype)
-    assert result.out is not None
     for rows in token_blocks(token.numel()):
         x = job.routed.x[token[rows]]
         with job.clock("forward"):
             act = expert_act(x, cast, job.config)
             y = functional.linear(act, cast.down, cast.down_bias)
-            result.out.index_add_(0, token[rows], y.float().mul_(prob[rows, None]))
+            job.routed.out.index_add_(0, token[rows], y.float().mul_(prob[rows, None]))
             if full:
                 seen = gated(job.seen(x), weight, bias, job.config.swiglu_limit, job.config.swiglu_alpha)
         with job.clock("moments"):

@@ -5,9 +5,11 @@ temporary name, flushed to disk and renamed, and state.json comes last; so after
 whole files only, and `--resume` goes on from there. `OUT` itself appears in one rename, complete, or not at all.
 """
 
+import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,48 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
 
 
+def checksum(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock is gone when this one ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is writing it; wait for its end, or stop it") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until renames in a folder are on disk."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a run that was finished but for its name: it was stopped after the state was deleted."""
+    same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes")}
+    return same | {
+        "weight_map": index["weight_map"],
+        "seconds": report["seconds_by_phase"],
+        "budget": report["memory"],
+    }
+
+
 class HiddenFile:
     """Hidden states [N, S, D] in float32 on disk, read and written by slices of sequences."""
 
@@ -108,16 +152,17 @@ class Output:
         if resume and overwrite:
             raise InputError("--resume and --overwrite contradict each other; give one of them")
         self._check_dest(overwrite)
-        self.state: dict[str, Any] = {"settings": settings, "layers": [], "weight_map": {}, "bytes": 0, "seconds": {}}
+        self.state: dict[str, Any] = {
+            "settings": settings,
+            "layers": [],
+            "weight_map": {},
+            "crc32": {},
+            "bytes": 0,
+            "seconds": {},
+        }
         if self.partial.exists():
-            if resume:
-                self.state = self._load_state()
-            elif overwrite:
-                shutil.rmtree(self.partial)
-            else:
-                raise InputError(
-                    f"{self.partial}: an unfinished run; continue it with --resume or drop it with --overwrite"
-                )
+            with alone(self.partial):
+                self._take_over(resume, overwrite)
         elif resume:
             raise InputError(f"{self.partial}: nothing to resume; run without --resume")
         try:
@@ -126,6 +171,17 @@ class Output:
             (self.partial / ".writable").unlink()
         except OSError as error:
             raise InputError(f"{self.partial}: cannot be written ({error}); choose another place for OUT") from None
+
+    def _take_over(self, resume: bool, overwrite: bool) -> None:
+        """Go on with an unfinished run, or drop it, or refuse to choose."""
+        if resume:
+            self.state = self._load_state()
+        elif overwrite:
+            shutil.rmtree(self.partial)
+        else:
+            raise InputError(
+                f"{self.partial}: an unfinished run; continue it with --resume or drop it with --overwrite"
+            )
 
     def _check_dest(self, overwrite: bool) -> None:
         """Refuse a final name that is taken, or whose replacement would delete what is not ours."""
@@ -147,10 +203,15 @@ class Output:
 
     def _load_state(self) -> dict[str, Any]:
         path = self.partial / "state.json"
-        if not path.exists():
+        report = self.partial / REPORT_NAME
+        if not path.exists() and not report.exists():
             return self.state
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            if path.exists():
+                state = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                index = json.loads((self.partial / INDEX_NAME).read_text(encoding="utf-8"))
+                state = _state_of_report(json.loads(report.read_text(encoding="utf-8")), index)
         except (ValueError, OSError) as error:
             raise InputError(f"{path}: unreadable ({error}); start again with --overwrite") from None
         before, now = state["settings"], json.loads(json.dumps(self.settings))
@@ -165,7 +226,9 @@ class Output:
                 stored = set(ShardFile(self.partial / name).tensors)
             except InputError:
                 stored = set()
-            if stored != {tensor for tensor, shard in state["weight_map"].items() if shard == name}:
+            whole = stored == {tensor for tensor, shard in state["weight_map"].items() if shard == name}
+            # names first: they tell a foreign or truncated file without reading all of it
+            if not whole or checksum(self.partial / name) != state["crc32"][name]:
                 raise InputError(f"{self.partial / name}: changed since it was written; start again with --overwrite")
         return state
 
@@ -183,10 +246,12 @@ class Output:
                 save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
+                crc = checksum(temporary)
                 temporary.replace(self.partial / name)
         finally:
             temporary.unlink(missing_ok=True)
         self.state["weight_map"] |= dict.fromkeys(tensors, name)
+        self.state["crc32"][name] = crc
         self.state["bytes"] += sum(t.numel() * t.element_size() for t in tensors.values())
 
     def hidden(self, which: int, shape: tuple[int, int, int]) -> HiddenFile:
@@ -195,6 +260,8 @@ class Output:
 
     def save_state(self) -> None:
         """Record what is whole by now."""
+        with _writing(self.partial):
+            _sync_folder(self.partial)
         write_json(self.partial / "state.json", self.state)
 
     def finish(self, source: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
@@ -207,7 +274,9 @@ class Output:
         write_json(self.partial / INDEX_NAME, {"metadata": total, "weight_map": self.state["weight_map"]})
         write_json(self.partial / "config.json", config)
         write_json(self.partial / REPORT_NAME, report)
-        # the state last: until it is gone, an interrupted run is resumed here
+        with _writing(self.partial):
+            _sync_folder(self.partial)
+        # the state last; a run that is interrupted even later is resumed from the report
         for leftover in ("hidden-0.bin", "hidden-1.bin", "state.json"):
             (self.partial / leftover).unlink(missing_ok=True)
         replaced = self.dest.with_name(self.dest.name + ".replaced")

@@ -13,19 +13,25 @@ from typing import Any
 
 import psutil
 import torch
+from torch.nn import functional
 
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int4
-from gptoss_quantize.model import attend, batches, embed, mlp_input, rope_tables, router
-from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer, round_layer
-from gptoss_quantize.quantize.output import Output
+from gptoss_quantize.kernels import int4, int8
+from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
+from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
+from gptoss_quantize.quantize.layer import (
+    Clock,
+    LayerResult,
+    Routed,
+    calibrated_layer,
+    release_memory,
+    round_layer,
+)
+from gptoss_quantize.quantize.output import HiddenFile, Output, alone
 from gptoss_quantize.quantize.recipes import Recipe
-
-# what the arrays of one batched solve may take, until a memory budget decides
-SOLVE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,8 @@ class Job:
     group_size: int = 64
     device: str = "auto"  # auto: cuda where there is one
     dtype: torch.dtype | None = None  # of matrix products; None: what the device multiplies fastest
+    dense: str = "source"  # or int8: attention, embedding and head in 8 bits
+    memory: int | None = None  # bytes that the process may take; None: 60 % of what is free
     resume: bool = False
     overwrite: bool = False
 
@@ -104,22 +112,26 @@ def quantize_checkpoint(
     _check(source, job, tokens)
     device = pick_device(job.device)
     job = replace(job, device=device, dtype=job.dtype or compute_dtype(device))
-    started = time.time()
-    config = source.config
-    output = Output(
-        job.dest, config.layers + 1, _settings(source, job, tokens), resume=job.resume, overwrite=job.overwrite
-    )
+    settings = _settings(source, job, tokens)
+    output = Output(job.dest, source.config.layers + 1, settings, resume=job.resume, overwrite=job.overwrite)
+    with alone(output.partial):
+        return _run(source, job, tokens, output, on_layer)
+
+
+def _run(
+    source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, on_layer: Callable[[int], None]
+) -> dict[str, Any]:
+    """Do what is left of a run; see `quantize_checkpoint`."""
+    config, started = source.config, time.time()
     clock = Clock()
     clock.seconds = output.state["seconds"]
     shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
+    budget = _budget(source, job, tokens, output)
     done = len(output.state["layers"])
     if not output.state["weight_map"]:
-        _write_outer(source, output)
+        _write_outer(source, job, output)
         if tokens is not None and shape is not None:
-            hidden = output.hidden(0, shape)
-            for batch in batches(shape[0], shape[1]):
-                hidden.write(batch, embed(source, tokens.ids[batch]))
-            hidden.flush()
+            _write_embedded(source, tokens, output.hidden(0, shape))
         output.save_state()
     for i in range(done):
         on_layer(i)
@@ -128,14 +140,18 @@ def quantize_checkpoint(
             if tokens is None or shape is None:
                 result = round_layer(source, i, job.recipe, job.group_size, clock)
             else:
-                result = _calibrate(source, i, job, output, shape, clock)
+                result = _calibrate(source, i, job, output, shape, budget, clock)
             with clock("write"):
-                _write_layer(source, i, result, output)
+                _write_layer(source, i, job, result, output)
             on_layer(i)
     report = _report(source, job, tokens, output, time.time() - started)
     raw = {k: v for k, v in config.raw.items() if k != "quantization_config"}
     marker = {"version": __version__, "format": "int4", "method": job.method, "group_size": job.group_size}
-    raw |= {"quantization_config": quantization_config(job.group_size), "gptoss_quantize": marker}
+    described = quantization_config(job.group_size)
+    if job.dense == "int8":
+        # a name that runtimes do not know: vLLM would leave tensors that it does not find uninitialised
+        marker, described = marker | {"dense": "int8"}, described | {"quant_method": "gptoss-quantize"}
+    raw |= {"quantization_config": described, "gptoss_quantize": marker}
     output.finish(source.path, raw, report)
     return report
 
@@ -151,6 +167,13 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
                 f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
                 f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
             )
+    if job.dense not in ("source", "int8"):
+        raise InputError(f"--dense {job.dense}: expected source or int8")
+    if job.dense == "int8" and (odd := _columns_beside_groups(source)):
+        raise InputError(
+            f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense int8 "
+            "works in groups of that many, leave it out"
+        )
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
     if tokens is not None and int(tokens.ids.max()) >= config.vocab:
@@ -172,7 +195,9 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "method": job.method,
         "recipe": asdict(job.recipe),
         "group_size": job.group_size,
+        "dense": job.dense,
         "calibration": None if tokens is None else tokens.sha256,
+        "memory": job.memory,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": job.device,
     }
@@ -183,21 +208,65 @@ def _identity(files: list[Path]) -> dict[str, list[int]]:
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
-def _write_outer(source: Checkpoint, output: Output) -> None:
-    """Write the first shard: embedding, final norm and head, as they are in the source."""
-    names = [n for n in dense_shapes(source.config) if not n.startswith("model.layers.")]
-    output.write_shard(1, {name: source.dense(name) for name in names})
+def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output) -> Budget:
+    """Return the memory budget that the run began with, or resolve it now and remember it."""
+    if stored := output.state.get("budget"):
+        return Budget(**stored)
+    count = 0 if tokens is None else tokens.tokens
+    dtype = job.dtype or compute_dtype(job.device)
+    budget = resolve(source.config, count, dtype, job.memory, threads=torch.get_num_threads())
+    output.state["budget"] = asdict(budget)
+    return budget
 
 
-def _write_layer(source: Checkpoint, index: int, result: LayerResult, output: Output) -> None:
-    tensors = source.layer(index) | {k: v.cpu() for k, v in result.tensors.items()}
-    output.write_shard(index + 2, {f"model.layers.{index}.{name}": t for name, t in tensors.items()})
+def _write_embedded(source: Checkpoint, tokens: Tokens, hidden: HiddenFile) -> None:
+    """Write the hidden states below the first layer: the embedding of every token."""
+    table = source.dense("model.embed_tokens.weight")
+    for batch in batches(*tokens.ids.shape):
+        hidden.write(batch, functional.embedding(tokens.ids[batch], table).float())
+    hidden.flush()
+
+
+def _columns_beside_groups(source: Checkpoint) -> tuple[str, int] | None:
+    """Return the first matrix that groups of 32 columns do not divide, with its columns."""
+    shapes = dense_shapes(source.config).items()
+    return next(((n, s[-1]) for n, s in shapes if q8_names(n, s) and s[-1] % int8.GROUP_SIZE), None)
+
+
+def _stored(name: str, tensor: torch.Tensor, dense: str) -> dict[str, torch.Tensor]:
+    """Return what is written for a tensor outside the experts: itself, or its codes and scales."""
+    if dense != "int8" or not (names := q8_names(name, tuple(tensor.shape))):
+        return {name: tensor}
+    return {stored: part for (stored, _), part in zip(names, int8.quantize(tensor), strict=True)}
+
+
+def _write_outer(source: Checkpoint, job: Job, output: Output) -> None:
+    """Write the first shard: embedding, final norm and head."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in dense_shapes(source.config):
+        if not name.startswith("model.layers."):
+            tensors |= _stored(name, source.dense(name), job.dense)
+    output.write_shard(1, tensors)
+
+
+def _write_layer(source: Checkpoint, index: int, job: Job, result: LayerResult, output: Output) -> None:
+    prefix = f"model.layers.{index}."
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in (source.layer(index) | {k: v.cpu() for k, v in result.tensors.items()}).items():
+        tensors |= _stored(prefix + name, tensor, job.dense)
+    output.write_shard(index + 2, tensors)
     output.state["layers"].append(result.report)
     output.save_state()
 
 
 def _calibrate(
-    source: Checkpoint, index: int, job: Job, output: Output, shape: tuple[int, int, int], clock: Clock
+    source: Checkpoint,
+    index: int,
+    job: Job,
+    output: Output,
+    shape: tuple[int, int, int],
+    budget: Budget,
+    clock: Clock,
 ) -> LayerResult:
     """Run one layer on the hidden states of the previous one, quantize it, leave hidden states for the next."""
     config, dtype = source.config, job.dtype or compute_dtype(job.device)
@@ -207,10 +276,15 @@ def _calibrate(
         dense = {name: t.to(job.device) for name, t in source.layer(index).items()}
     rope = rope_tables(config, positions, job.device)
     count, per = sequences * positions, config.top_k
+    (x_all, out), drop = token_arrays(
+        [((count, width), dtype), ((count, width), torch.float32)], budget.states, output.partial, job.device
+    )
     routed = Routed(
-        torch.empty(count, width, dtype=dtype, device=job.device),
+        x_all,
         torch.empty(count, per, dtype=torch.int64, device=job.device),
         torch.empty(count, per, dtype=torch.float32, device=job.device),
+        out,
+        drop,
     )
     with clock("attention"):
         for batch in batches(sequences, positions):
@@ -220,22 +294,17 @@ def _calibrate(
             routed.x[part] = x.to(dtype)
             routed.index[part], routed.prob[part] = router(x, dense, config)
             after.write(batch, h.cpu())
-    at_once = max(1, SOLVE_BYTES // _solve_bytes(config.hidden, config.intermediate))
-    result = calibrated_layer(source, index, dense, routed, job.recipe, job.group_size, at_once, clock)
-    assert result.out is not None
+            drop()
+    release_memory()
+    result = calibrated_layer(source, index, dense, routed, job.recipe, job.group_size, budget.experts_at_once, clock)
     with clock("write"):
         for batch in batches(sequences, positions):
             part = slice(batch.start * positions, batch.stop * positions)
-            after.write(batch, after.read(batch) + result.out[part].cpu().unflatten(0, (-1, positions)))
+            after.write(batch, after.read(batch) + out[part].cpu().unflatten(0, (-1, positions)))
+            drop()
         after.flush()
     result.report["tokens"] = torch.bincount(routed.index.flatten(), minlength=config.experts).tolist()
     return result
-
-
-def _solve_bytes(hidden: int, intermediate: int) -> int:
-    """Return about what one expert needs in a batched solve: weights and four arrays of their size, Hessians."""
-    weights = max(2 * intermediate * hidden, intermediate * hidden)
-    return 4 * (3 * intermediate * hidden + 5 * weights + 7 * max(hidden, intermediate) ** 2)
 
 
 def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, seconds: float) -> dict[str, Any]:
@@ -250,6 +319,7 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
         "expert_bits_per_weight": int4.bits_per_weight(config.hidden, job.group_size),
         "bytes": output.state["bytes"],
+        "crc32": output.state["crc32"],
         "experts_without_tokens": [[i, e["expert"]] for i, e in entries if e["tokens"] == 0],
         "experts_under_50_tokens": [[i, e["expert"]] for i, e in entries if 0 < e["tokens"] < 50],
         "hessians_with_extra_damping": [
@@ -259,6 +329,7 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         "seconds": round(seconds, 1),
         "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
         "peak_rss_mib": peak_rss_mib(),
+        "memory": output.state["budget"],
         "machine": {
             "cpu_threads": torch.get_num_threads(),
             "torch": torch.__version__,

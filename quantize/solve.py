@@ -117,7 +117,9 @@ def _solve_batch(
     bias = bias_EN
     if recipe.centre:
         quantized = int4.dequantize(codes, scale)
-        mean = torch.stack([s.mean for s in stats])
-        original = torch.stack([s.mean if s.original_mean is None else s.original_mean for s in stats])
-        bias = bias_EN + (weight_ENK @ original[..., None] - quantized @ mean[..., None]).squeeze(-1)
+        # expert by expert: a batched product rounds differently when the batch is a single expert
+        bias = bias_EN.clone()
+        for e, s in enumerate(stats):
+            original = s.mean if s.original_mean is None else s.original_mean
+            bias[e] += weight_ENK[e] @ original - quantized[e] @ s.mean
     return Solution(codes, scale, round_bias(bias), retries)

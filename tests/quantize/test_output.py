@@ -193,7 +193,7 @@ def test_resume_with_a_changed_option(tmp_path, tiny, change, words):
     assert tiny.snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["deleted", "truncated", "replaced"])
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "replaced", "one bit"])
 def test_resume_with_a_damaged_shard(tmp_path, damage):
     output = unfinished(tmp_path / "out")
     shard = output.partial / output.shard_name(1)
@@ -201,6 +201,10 @@ def test_resume_with_a_damaged_shard(tmp_path, damage):
         shard.unlink()
     elif damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "one bit":
+        whole = bytearray(shard.read_bytes())
+        whole[-3] ^= 4
+        shard.write_bytes(whole)
     else:
         Output(tmp_path / "x", 2, SETTINGS, resume=False, overwrite=False).write_shard(1, {"b": torch.ones(1)})
         shutil.copy(tmp_path / "x.partial" / shard.name, shard)

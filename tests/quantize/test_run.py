@@ -14,6 +14,7 @@ from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize import output
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import RECIPES, override
 from gptoss_quantize.quantize.run import Job, pick_device, quantization_config, quantize_checkpoint
@@ -211,14 +212,16 @@ def interrupt(monkeypatch, where: str, layer: int):
 
         monkeypatch.setattr(owner, name, dying)
 
-    if where == "before the state":
-        die_at(Output, "save_state", layer + 2)
-    elif where == "before the shard":
-        die_at(Output, "write_shard", layer + 2)
-    elif where == "before the first state":
-        die_at(Output, "save_state", 1)
-    elif where == "before the rename":
-        die_at(Path, "rename", 1)
+    dying = {
+        "before the state": (Output, "save_state", layer + 2),
+        "before the shard": (Output, "write_shard", layer + 2),
+        "before the first state": (Output, "save_state", 1),
+        "before the rename": (Path, "rename", 1),
+        # once for every state, and once for the report
+        "before the state is gone": (output, "_sync_folder", 5),
+    }
+    if where in dying:
+        die_at(*dying[where])
     return on_layer
 
 
@@ -230,6 +233,7 @@ PLACES = [
     ("before the shard", 1),
     ("before the first state", 0),
     ("before the rename", 0),
+    ("before the state is gone", 0),
 ]
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 450
 MAX_TEST_LINES = 500
 # each may import itself and those below it; modules of the root package that are not named are "root"
-ORDER = ("kernels", "root", "calibration", "quantize", "eval", "workflow", "cli")
+ORDER = ("kernels", "root", "calibration", "quantize", "eval", "workflow", "cli_sizes", "cli")
 PACKAGES = ("", "kernels", "calibration", "quantize", "eval")
 
 

@@ -1,0 +1,74 @@
+"""Attention projections, embedding and head that stay in 8 bits in memory, as `--dense int8` stores them.
+
+Each is unpacked when it is used, some rows at a time: a token's embedding is a row, a projection a block of rows. The
+products run in the dtype of the input.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
+from gptoss_quantize.kernels import int8
+
+BLOCK_ROWS = 8192
+
+
+class Int8Linear(nn.Module):
+    """x W^T + b with W in int8; `bias` is a parameter like nn.Linear's."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: bool):
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.bias = nn.Parameter(torch.empty(codes.shape[0], device="meta"), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., rows] for x [..., columns], in the dtype of x."""
+        parts = [
+            functional.linear(x, int8.dequantize(codes, scale, x.dtype))
+            for codes, scale in zip(self.codes.split(BLOCK_ROWS), self.scale.split(BLOCK_ROWS), strict=True)
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+
+class Int8Embedding(nn.Module):
+    """Rows of a table in int8, looked up in the dtype given."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.dtype = dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return [..., columns] for ids [...]."""
+        return int8.dequantize(self.codes[ids], self.scale[ids], self.dtype)
+
+
+def put_int8_modules(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> set[str]:
+    """Replace what the checkpoint has in int8 by modules that keep it so; return the names of the matrices."""
+    done: set[str] = set()
+    for name, shape in dense_shapes(checkpoint.config).items():
+        if not (stored := q8_names(name, shape)):
+            continue
+        codes, scale = (checkpoint.read(part) for part, _ in stored)
+        path = name.removesuffix(".weight")
+        parent, _, child = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if path.endswith("embed_tokens"):
+            setattr(owner, child, Int8Embedding(codes, scale, dtype))
+            if checkpoint.config.tied:
+                model.lm_head = Int8Linear(codes, scale, bias=False)
+        else:
+            with_bias = getattr(owner.get_submodule(child), "bias", None) is not None
+            setattr(owner, child, Int8Linear(codes, scale, with_bias))
+        done.add(name)
+    return done

@@ -1,0 +1,182 @@
+"""Memory as a budget: how many experts are solved at a time, and where a layer's tokens live, resolved once per run.
+
+A layer needs the inputs of its experts [T, D], the block output [T, D] in float32, its own small tensors, the packed
+result, and for every expert that is being solved its weights with some arrays of their size and its Hessians. What
+does not fit beside one expert moves to a file below OUT.partial (`Spill`); what does not fit even then is refused.
+Hidden states are on disk always, where a resumed run finds them.
+
+The resolved numbers go into state.json and are used again when a run is resumed, so that codes cannot depend on how
+much memory happens to be free. Sums are float32 over blocks of fixed size, whatever the budget.
+"""
+
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from gptoss_quantize.calibration.moments import BLOCK_TOKENS
+from gptoss_quantize.checkpoint import dense_shapes
+from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.model import BATCH_TOKENS
+from gptoss_quantize.units import gib
+
+DEFAULT_SHARE = 0.6  # of what is free
+# more experts at a time than this make nothing faster: their arrays only leave the cache
+USEFUL_BYTES = 512 << 20
+# what one batch of attention needs for each of its elements: about ten copies in up to four bytes
+_ATTENTION_BYTES = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a budget was resolved to; `bytes` is the limit for the whole process."""
+
+    bytes: int
+    experts_at_once: int
+    states: str  # memory or disk: expert inputs and block output of the layer
+    accumulate: str = "float32"
+    block_tokens: int = BLOCK_TOKENS
+    batch_tokens: int = BATCH_TOKENS
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still take: the system's, or its control group's where that is less."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        text = limit.read_text(encoding="utf-8").strip()
+        if text != "max":
+            free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return free
+    return max(0, free)
+
+
+def solve_bytes(config: ModelConfig) -> int:
+    """Return what one expert needs while it is solved: weights, five arrays of their size, Hessians, factors."""
+    D, F = config.hidden, config.intermediate
+    return 4 * (3 * F * D + 5 * 2 * F * D + 7 * max(D, F) ** 2)
+
+
+def _fixed_bytes(config: ModelConfig) -> int:
+    """Return what a layer needs beside tokens and solved experts: its dense tensors, the packed result, a batch."""
+    D, F, q = config.hidden, config.intermediate, config.heads * config.head_dim
+    prefix = "model.layers.0."
+    dense = sum(4 * _size(shape) for name, shape in dense_shapes(config).items() if name.startswith(prefix))
+    packed = config.experts * (3 * D * F * 5 // 8 + 2 * (2 * F + D))
+    attention = BATCH_TOKENS * (D + q) * _ATTENTION_BYTES
+    block = BLOCK_TOKENS * (2 * F + D) * 12
+    return dense + packed + attention + block
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def token_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return (routing, states): bytes that stay in memory, and bytes that may live on disk."""
+    return tokens * config.top_k * 12, tokens * config.hidden * (dtype.itemsize + 4)
+
+
+def needed(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, base: int, experts_at_once: int = 1, states: str = "disk"
+) -> int:
+    """Return about what a run needs: `base` is the process without a model."""
+    routing, arrays = token_bytes(config, tokens, dtype)
+    if states == "disk":
+        # the rows of the experts at work are touched, and dropped afterwards
+        arrays = min(arrays, arrays * 2 * experts_at_once * config.top_k // config.experts)
+    # embedding and head are copied before the first layer, both in one file
+    vocabulary = 2 * 2 * config.vocab * config.hidden
+    layer = routing + arrays + _fixed_bytes(config) + experts_at_once * solve_bytes(config)
+    return base + max(vocabulary, layer)
+
+
+def resolve(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, budget: int | None, *, threads: int, base: int | None = None
+) -> Budget:
+    """Return the resolved budget; InputError when not even one expert fits.
+
+    `budget` is the limit in bytes, None for the default share of what is free. Tokens stay in memory if one expert
+    for every thread fits beside them.
+    """
+    base = psutil.Process().memory_info().rss if base is None else base
+    limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory())
+    each = solve_bytes(config)
+    useful = min(config.experts, max(threads, USEFUL_BYTES // each))
+    enough = min(threads, useful)
+    candidates = [(count, "memory") for count in range(useful, enough, -1)]
+    candidates += [(count, states) for count in range(enough, 0, -1) for states in ("memory", "disk")]
+    for count, states in candidates:
+        if needed(config, tokens, dtype, base, count, states) <= limit:
+            return Budget(bytes=limit, experts_at_once=count, states=states)
+    least = needed(config, tokens, dtype, base)
+    named = "--memory" if budget is not None else f"{DEFAULT_SHARE:.0%} of the free memory,"
+    raise InputError(
+        f"{named} {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about {gib(least)}; "
+        "give more (--memory), or fewer calibration tokens (--tokens)"
+    )
+
+
+def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:
+    """Return what a run needs at least, and what the default budget would make of the memory that is free now."""
+    base = psutil.Process().memory_info().rss
+    plan: dict[str, int | str | None] = {"least": needed(config, tokens, dtype, base), "peak": None}
+    try:
+        found = resolve(config, tokens, dtype, None, threads=torch.get_num_threads(), base=base)
+    except InputError:
+        return plan
+    peak = needed(config, tokens, dtype, base, found.experts_at_once, found.states)
+    return plan | {"experts_at_once": found.experts_at_once, "states": found.states, "peak": peak}
+
+
+class Spill:
+    """Tensors in a file without a name: mapped, so they are used like any other, and dropped from memory on request.
+
+    The space is taken at once, so that a full disk is an error here and no crash later; the file is unlinked at once,
+    so that nothing stays behind, however the process ends.
+    """
+
+    def __init__(self, folder: Path, size: int):
+        path = folder / "spill.bin"
+        try:
+            with path.open("w+b") as file:
+                path.unlink()
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._map = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise InputError(
+                f"{path}: {gib(size)} for the tokens of a layer cannot be taken ({error}); free some space and run "
+                "the same command with --resume, or give more --memory"
+            ) from None
+        self._used = 0
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return the next tensor of zeros in the file."""
+        count = _size(shape)
+        start = self._used
+        self._used += -(-count * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+
+    def release(self) -> None:
+        """Drop the pages from memory; the data stays in the file, and in the system's cache while there is room."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def token_arrays(
+    shapes: list[tuple[tuple[int, ...], torch.dtype]], states: str, folder: Path, device: str
+) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Return (tensors of zeros, a function that drops them from memory): in memory, or in a file below `folder`."""
+    if states == "memory" or device != "cpu":
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes], lambda: None
+    size = sum(-(-_size(shape) * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE for shape, dtype in shapes)
+    spill = Spill(folder, size)
+    return [spill.tensor(shape, dtype) for shape, dtype in shapes], spill.release

@@ -1,0 +1,178 @@
+"""The memory budget: what it resolves to, that results do not depend on it, that a resumed run keeps it."""
+
+import json
+import mmap
+from dataclasses import asdict
+
+import psutil
+import pytest
+import torch
+
+from gptoss_quantize.architectures import gptoss_config
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.config import parse_config
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.quantize import budget as module
+from gptoss_quantize.quantize import run as run_module
+from gptoss_quantize.quantize.budget import Budget, Spill, free_memory, needed, resolve, token_arrays
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.units import GIB
+
+BASE = GIB // 2
+
+
+@pytest.fixture(scope="module")
+def small():
+    return parse_config(gptoss_config("gpt-oss-20b"), "gpt-oss-20b")
+
+
+@pytest.fixture(scope="module")
+def large():
+    return parse_config(gptoss_config("gpt-oss-120b"), "gpt-oss-120b")
+
+
+def found(config, tokens, memory, threads=2):
+    return resolve(config, tokens, torch.bfloat16, memory, threads=threads, base=BASE)
+
+
+# ---- what it resolves to
+
+
+def test_more_memory_never_means_less(small):
+    last = None
+    for size in range(3, 24):
+        try:
+            budget = found(small, 131072, size * GIB)
+        except InputError:
+            assert last is None
+            continue
+        assert needed(small, 131072, torch.bfloat16, BASE, budget.experts_at_once, budget.states) <= size * GIB
+        if last is not None:
+            assert budget.experts_at_once >= last.experts_at_once
+            assert (budget.states, last.states) != ("disk", "memory") or budget.experts_at_once > last.experts_at_once
+        last = budget
+    assert last is not None
+    assert (last.states, last.experts_at_once) == ("memory", 2)
+
+
+def test_the_budgets_of_the_issue(small, large):
+    # one true-size layer with 128k tokens at 4, 8 and 16 GiB, the whole 20b at 12, the 120b at 24
+    assert [found(small, 131072, size * GIB).states for size in (4, 8, 16)] == ["disk", "memory", "memory"]
+    assert found(small, 32768, 12 * GIB) == Budget(bytes=12 * GIB, experts_at_once=2, states="memory")
+    assert found(large, 131072, 24 * GIB).states == "memory"
+
+
+def test_threads_have_an_expert_each_where_they_fit(small):
+    assert found(small, 8192, 64 * GIB, threads=16).experts_at_once == 16
+    assert found(small, 8192, 64 * GIB, threads=64).experts_at_once == 32
+
+
+def test_too_little_is_refused_with_what_is_needed(small, monkeypatch):
+    with pytest.raises(
+        InputError, match=r"--memory 2\.00 GiB: one expert .* about 3\.\d+ GiB; give more \(--memory\)"
+    ):
+        found(small, 131072, 2 * GIB)
+    monkeypatch.setattr(module, "free_memory", lambda: GIB)
+    with pytest.raises(InputError, match=r"60% of the free memory, 1\.10 GiB"):
+        found(small, 131072, None)
+
+
+def test_free_memory_heeds_the_control_group(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("5000000000\n")
+    (tmp_path / "memory.current").write_text("4000000000\n")
+    real = module.Path
+    monkeypatch.setattr(module, "Path", lambda p: tmp_path / real(p).name if "cgroup" in str(p) else real(p))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("V", (), {"available": 9 * GIB})())
+    assert free_memory() == 1_000_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() == 9 * GIB
+
+
+# ---- tensors in a file
+
+
+def test_spilled_tensors_keep_their_values(tmp_path):
+    shapes = [((70, 33), torch.bfloat16), ((70, 33), torch.float32)]
+    (x, out), drop = token_arrays(shapes, "disk", tmp_path, "cpu")
+    assert list(tmp_path.iterdir()) == []
+    assert not out.any()
+    wanted_x, wanted_out = torch.randn(70, 33).bfloat16(), torch.randn(70, 33)
+    x.copy_(wanted_x)
+    rows = torch.randperm(70)
+    out.index_add_(0, rows, wanted_out)
+    drop()
+    assert torch.equal(x, wanted_x)
+    assert torch.equal(out[rows], wanted_out)
+
+
+def test_dropping_frees_memory(tmp_path):
+    spill = Spill(tmp_path, 64 << 20)
+    tensor = spill.tensor((16 << 20,), torch.float32)
+    before = psutil.Process().memory_info().rss
+    tensor.fill_(1.0)
+    full = psutil.Process().memory_info().rss
+    spill.release()
+    after = psutil.Process().memory_info().rss
+    assert full - before > 48 << 20
+    assert after - before < 16 << 20
+    assert float(tensor.sum()) == 16 << 20
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_mapped(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "posix_fallocate", full)
+    monkeypatch.setattr(mmap, "mmap", lambda *args: pytest.fail("mapped"))
+    with pytest.raises(InputError, match=r"spill\.bin: .* cannot be taken .*No space left.* --resume"):
+        Spill(tmp_path, 1 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- results
+
+
+def quantize(tiny, dest, method="gptq", budget=None, **options):
+    job = Job(dest=dest, method=method, recipe=RECIPES[method], device="cpu", dtype=torch.float32, **options)
+    return quantize_checkpoint(
+        Checkpoint(tiny.path("bf16")), job, tiny.tokens(), **({} if budget is None else budget)
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_codes_do_not_depend_on_the_budget(tiny, tmp_path, monkeypatch, method):
+    made = {}
+    for count, states in ((8, "memory"), (3, "memory"), (1, "disk")):
+        given = Budget(bytes=GIB, experts_at_once=count, states=states)
+        monkeypatch.setattr(run_module, "resolve", lambda *args, given=given, **options: given)
+        report = quantize(tiny, tmp_path / f"{count}{states}", method)
+        assert report["memory"] == asdict(given)
+        made[count, states] = tiny.load_all(tmp_path / f"{count}{states}")
+    first = made.pop((8, "memory"))
+    for other in made.values():
+        assert other.keys() == first.keys()
+        assert [name for name in first if not torch.equal(first[name], other[name])] == []
+
+
+def test_a_resumed_run_keeps_its_budget(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def stop(index: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny, out, budget={"on_layer": stop})
+    stored = json.loads((tmp_path / "out.partial" / "state.json").read_text())["budget"]
+    # much less is free now
+    monkeypatch.setattr(module, "free_memory", lambda: 0)
+    with pytest.raises(InputError, match="cannot resume, the run has changed: memory was None, is 9"):
+        quantize(tiny, out, resume=True, memory=9)
+    report = quantize(tiny, out, resume=True)
+    assert report["memory"] == stored
+
+
+def test_the_peak_is_in_the_report(tiny, tmp_path):
+    report = quantize(tiny, tmp_path / "out", memory=8 * GIB)
+    assert report["memory"]["bytes"] == report["settings"]["memory"] == 8 * GIB
+    assert 50 < report["peak_rss_mib"] < 9 * 1024
