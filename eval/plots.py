@@ -23,7 +23,7 @@ MARKERS = "osD^vPXh"
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
     color: f"var(--c{i})" for i, color in enumerate(SERIES)
 }
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -72,7 +72,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 
 def _log(axis: Axis) -> None:
     """Make an axis logarithmic with plain numbers at 1, 2 and 5."""
-    if axis.axis_name == "x":
+    if axis is axis.axes.xaxis:
         axis.axes.set_xscale("log")
     else:
         axis.axes.set_yscale("log")

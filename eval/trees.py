@@ -95,10 +95,9 @@ def lay_out(trees: Sequence[Tree]) -> Layout:
             ids += tokens
             position += range(size, size + len(tokens))
             branch += [k] * len(tokens)
-    columns = (torch.tensor(column, dtype=torch.int64) for column in (ids, position, branch))
-    ends = torch.tensor([0, *accumulate(map(len, trees))])
-    predictions = (torch.tensor(column, dtype=torch.int64) for column in (source, target, owner))
-    return Layout(*columns, ends, *predictions, max(tree.depth for tree in trees))
+    columns = (ids, position, branch, [0, *accumulate(map(len, trees))], source, target, owner)
+    tensors = [torch.tensor(column, dtype=torch.int64) for column in columns]
+    return Layout(*tensors, depth=max(tree.depth for tree in trees))
 
 
 @dataclass(frozen=True, slots=True)
