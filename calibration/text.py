@@ -194,9 +194,21 @@ def _texts(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple
 
 def _conversation(value: list[Any], spec: TextSpec, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """Return a conversation as the model sees it, or its contents alone where no template is asked for."""
-    messages = [_message(message, f"{where}: message {i}") for i, message in enumerate(value)]
+    messages = checked_messages(value, where)
     if not spec.chat_template:
         return "\n\n".join(m[key] for m in messages for key in ("thinking", "content") if m.get(key))
+    return render_chat(messages, tokenizer, where)
+
+
+def checked_messages(value: list[Any], where: str) -> list[dict[str, Any]]:
+    """Return the messages of a conversation without empty fields; InputError names the one that is none."""
+    return [_message(message, f"{where}: message {i}") for i, message in enumerate(value)]
+
+
+def render_chat(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, *, answer_next: bool = False
+) -> str:
+    """Return a conversation in the tokenizer's chat template, with the opening of an answer where asked for."""
     if tokenizer.chat_template is None:
         raise InputError(
             f"{where}: holds a conversation, and the tokenizer has no chat template to render it with; "
@@ -207,7 +219,11 @@ def _conversation(value: list[Any], spec: TextSpec, tokenizer: PreTrainedTokeniz
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = FIXED_DATE + template
-        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=answer_next
+            )
+        )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"{where}: the chat template refuses the conversation ({error}); expected roles and fields "

@@ -5,15 +5,19 @@ position but the last of a sequence:
     nll     = -log p(next token)                      perplexity = exp(mean nll)
     KL      = sum_v p_base(v) (log p_base(v) - log p_cand(v))    in nats, over the full vocabulary
     top-1   = whether both models prefer the same token
-Neighbouring tokens are correlated, so standard errors are taken over sequences: each sequence's mean is one
-observation. They are None with fewer than two sequences.
+    confidence = the baseline's largest probability
+Neighbouring tokens are correlated, so standard errors are taken over sequences, as of a ratio of two sums (values
+and their number, Cochran 1977, 6.4): with sequences of equal length, each sequence's mean is one observation. They
+are None with fewer than two sequences.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
@@ -21,23 +25,39 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.model import hidden_states, logits
 
 CHUNK_ELEMENTS = 1 << 24
+CONFIDENCE_EDGES = (0.0, 0.2, 0.5, 0.8, 0.95, 1.0)
+RESAMPLES = 2000
 
 
 @dataclass(slots=True)
 class PerToken:
-    """One value per predicted position, [N, S - 1] each, float32 on the CPU."""
+    """One value per predicted position, [N, S - 1] or [P] each, float32 on the CPU."""
 
     nll: torch.Tensor
     baseline_nll: torch.Tensor
     kl: torch.Tensor
     same_top: torch.Tensor
+    confidence: torch.Tensor
 
 
-def _mean_and_error(values_NS: torch.Tensor) -> tuple[float, float | None]:
+def _sums(values: torch.Tensor, owner: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (sum of the values, number of values) per sequence, float64 [N]; `owner` [P] says whose each is."""
+    values = values.double()
+    if owner is None:
+        return values.sum(1), torch.full((len(values),), float(values.shape[1]), dtype=torch.float64)
+    sequences = int(owner.max()) + 1
+    counts = torch.bincount(owner, minlength=sequences).double()
+    return torch.zeros(sequences, dtype=torch.float64).index_add_(0, owner, values), counts
+
+
+def _mean_and_error(values: torch.Tensor, owner: torch.Tensor | None = None) -> tuple[float, float | None]:
     """Return (mean, standard error of the mean over sequences)."""
-    per_sequence = values_NS.double().mean(1)
-    error = float(per_sequence.std() / math.sqrt(len(per_sequence))) if len(per_sequence) > 1 else None
-    return float(per_sequence.mean()), error
+    sums, counts = _sums(values, owner)
+    sequences, mean = len(sums), sums.sum() / counts.sum()
+    if sequences < 2:
+        return float(mean), None
+    spread = (sums - mean * counts).square().sum() * sequences / (sequences - 1)
+    return float(mean), float(spread.sqrt() / counts.sum())
 
 
 @torch.inference_mode()
@@ -47,41 +67,57 @@ def compare_hidden(
     candidates: list[tuple[torch.Tensor, torch.Tensor]],
     ids_NS: torch.Tensor,
 ) -> list[PerToken]:
-    """Return per-token comparisons of each candidate (hidden states [N, S, D], head [V, D]) with the baseline.
+    """Return per-token comparisons [N, S - 1] of each candidate (hidden [N, S, D], head [V, D]) with the baseline."""
+    N, S = ids_NS.shape
+    others = [(hidden[:, :-1].flatten(0, 1), head) for hidden, head in candidates]
+    flat = compare_states(baseline[:, :-1].flatten(0, 1), baseline_head_VD, others, ids_NS[:, 1:].reshape(-1))
+    return [PerToken(*(getattr(tokens, name).view(N, S - 1) for name in PerToken.__slots__)) for tokens in flat]
+
+
+@torch.inference_mode()
+def compare_states(
+    base: torch.Tensor,
+    baseline_head_VD: torch.Tensor,
+    others: list[tuple[torch.Tensor, torch.Tensor]],
+    target_P: torch.Tensor,
+) -> list[PerToken]:
+    """Return per-token comparisons [P] of each candidate (states [P, D], head [V, D]) with the baseline's [P, D].
 
     The baseline's distribution over the vocabulary is computed once per chunk of tokens, for all candidates.
     """
-    N, S = ids_NS.shape
-    base = baseline[:, :-1].flatten(0, 1)
-    others = [(hidden[:, :-1].flatten(0, 1), head) for hidden, head in candidates]
-    following = ids_NS[:, 1:].reshape(-1, 1)
-    values = torch.empty(len(others), 4, len(following))
+    following = target_P[:, None]
+    values = torch.empty(len(others), len(PerToken.__slots__), len(following))
     step = max(1, CHUNK_ELEMENTS // baseline_head_VD.shape[0])
     for start in range(0, len(following), step):
         part = slice(start, start + step)
         log_p = torch.log_softmax(logits(base[part], baseline_head_VD), dim=-1)
-        p, top, next_p = log_p.exp(), log_p.argmax(-1), log_p.gather(1, following[part])
+        p, next_p = log_p.exp(), log_p.gather(1, following[part])
+        highest, top = log_p.max(-1)
         for value, (hidden, head) in zip(values, others, strict=True):
             log_q = torch.log_softmax(logits(hidden[part], head), dim=-1)
             value[0, part] = -log_q.gather(1, following[part]).squeeze(1)
             value[1, part] = -next_p.squeeze(1)
             value[3, part] = (top == log_q.argmax(-1)).float()
             value[2, part] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
-    return [PerToken(*value.view(4, N, S - 1)) for value in values]
+            value[4, part] = highest.exp()
+    return [PerToken(*value) for value in values]
 
 
-def summarize(tokens: PerToken) -> dict[str, Any]:
-    """Return perplexities, KL (mean, median, p90, p99, p99.9, max) and top-1 agreement with standard errors."""
-    nll, nll_error = _mean_and_error(tokens.nll)
-    base, base_error = _mean_and_error(tokens.baseline_nll)
-    kl, kl_error = _mean_and_error(tokens.kl)
-    top, top_error = _mean_and_error(tokens.same_top)
-    _, gap_error = _mean_and_error(tokens.nll - tokens.baseline_nll)
+def summarize(tokens: PerToken, owner: torch.Tensor | None = None) -> dict[str, Any]:
+    """Return perplexities, KL (mean, median, p90, p99, p99.9, max) and top-1 agreement with standard errors.
+
+    `owner` [P] says which sequence a token belongs to where values are flat; rows are sequences without it.
+    """
+    nll, nll_error = _mean_and_error(tokens.nll, owner)
+    base, base_error = _mean_and_error(tokens.baseline_nll, owner)
+    kl, kl_error = _mean_and_error(tokens.kl, owner)
+    top, top_error = _mean_and_error(tokens.same_top, owner)
+    _, gap_error = _mean_and_error(tokens.nll - tokens.baseline_nll, owner)
     sorted_kl = tokens.kl.flatten().double()
     quantiles = torch.quantile(sorted_kl, torch.tensor([0.5, 0.9, 0.99, 0.999], dtype=torch.float64)).tolist()
     return {
         "tokens": tokens.kl.numel(),
-        "sequences": tokens.kl.shape[0],
+        "sequences": tokens.kl.shape[0] if owner is None else int(owner.max()) + 1,
         "baseline_perplexity": math.exp(base),
         "baseline_perplexity_se": None if base_error is None else math.exp(base) * base_error,
         "perplexity": math.exp(nll),
@@ -97,6 +133,40 @@ def summarize(tokens: PerToken) -> dict[str, Any]:
         "kl_max": float(sorted_kl.max()),
         "top1_agreement": top,
         "top1_agreement_se": top_error,
+    }
+
+
+def details(tokens: PerToken, owner: torch.Tensor, confidence: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """Return what `summarize` leaves out, for flat values [P] and the sequence of each, `owner` [P].
+
+    kl_mean_interval        percentiles of the mean over resampled sequences; None with fewer than two
+    rms_probability_change  root mean square of p_cand(next token) - p_base(next token)
+    buckets                 tokens, KL, top-1 agreement and gap in nll by the baseline's confidence
+    """
+    sums, counts = (part.numpy() for part in _sums(tokens.kl, owner))
+    interval = None
+    if len(sums) > 1:
+        drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
+        means = sums[drawn].sum(1) / counts[drawn].sum(1)
+        edge = (1 - confidence) / 2
+        interval = np.quantile(means, [edge, 1 - edge]).tolist()
+    change = (-tokens.nll.double()).exp() - (-tokens.baseline_nll.double()).exp()
+    buckets = []
+    for low, high in pairwise(CONFIDENCE_EDGES):
+        inside = (tokens.confidence >= low) & ((tokens.confidence < high) | (high == 1))
+        count = int(inside.sum())
+        row: dict[str, Any] = {"from": low, "to": high, "tokens": count}
+        for name, values in (
+            ("kl_mean", tokens.kl),
+            ("top1_agreement", tokens.same_top),
+            ("nll_gap", tokens.nll - tokens.baseline_nll),
+        ):
+            row[name] = float(values[inside].double().mean()) if count else None
+        buckets.append(row)
+    return {
+        "kl_mean_interval": interval,
+        "rms_probability_change": float(change.square().mean().sqrt()),
+        "buckets": buckets,
     }
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gptoss_quantize import __version__, cli_sizes
+from gptoss_quantize import __version__, cli_compare, cli_sizes
 from gptoss_quantize.errors import InputError
 
 
@@ -248,6 +248,9 @@ def evaluate(
         error = result.get(name + "_se")
         table.add_row(name, f"{result[name]:.4f}", "" if error is None else f"{error:.4f}")
     Console().print(table)
+
+
+cli_compare.register(app, progress, console)
 
 
 @app.command()

@@ -48,8 +48,11 @@ def attention(
     config: ModelConfig,
     window: int | None,
     rope: tuple[torch.Tensor, torch.Tensor],
+    visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention output [N, S, D] for normalised input, in the dtype of x.
+
+    `visible`, bool [N, 1, S, S], says which keys a query sees where that is not the causal window (eval/trees.py).
 
     The sink is one more key that no value belongs to. It enters through an extra head dimension: queries carry
     their head's sink logit there, real keys 0 and the sink key 1, so one mask [S, S+1] serves all heads.
@@ -78,11 +81,14 @@ def attention(
     columns = torch.arange(S + 1, device=x_NSD.device)
     for start in range(0, S, step):
         rows = torch.arange(start, min(start + step, S), device=x_NSD.device)[:, None]
-        visible = (columns <= rows) | (columns == S)
-        if window is not None:
-            visible &= (columns > rows - window) | (columns == S)
+        if visible is not None:
+            mask = functional.pad(visible[:, :, start : start + step], (0, 1), value=True)
+        else:
+            mask = (columns <= rows) | (columns == S)
+            if window is not None:
+                mask &= (columns > rows - window) | (columns == S)
         out[:, :, start : start + step] = functional.scaled_dot_product_attention(
-            q[:, :, start : start + step], k, v, attn_mask=visible, scale=1.0
+            q[:, :, start : start + step], k, v, attn_mask=mask, scale=1.0
         )
     merged = out[..., :d].transpose(1, 2).reshape(N, S, -1)
     bias = layer.get("self_attn.o_proj.bias")

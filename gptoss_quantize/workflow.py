@@ -28,7 +28,10 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.demo_model import build_demo_model
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.eval import compare as comparison
 from gptoss_quantize.eval.divergence import evaluate
+from gptoss_quantize.eval.report import need_matplotlib, write_report
+from gptoss_quantize.eval.tasks import export
 from gptoss_quantize.hub import resolve
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.loading import load
@@ -96,6 +99,39 @@ def evaluate_models(
         "seconds": round(time.perf_counter() - started, 1),
         "results": dict(zip(opened, results, strict=True)),
     }
+
+
+def compare_models(
+    baseline: str,
+    candidates: dict[str, Path],
+    settings: comparison.Settings,
+    dest: Path,
+    *,
+    adapter: Path | None = None,
+    revision: str | None = None,
+    command: str = "",
+    bar: Progress,
+) -> dict[str, Any]:
+    """Compare candidates with their baseline; write report.html, report.json, README.md and the tasks into `dest`.
+
+    Return the record of report.json. What was computed stays in `dest`/cache, for the next run.
+    """
+    need_matplotlib()
+    base = open_checkpoint(baseline, adapter, revision)
+    opened = {name: Checkpoint(path) for name, path in candidates.items()}
+    if dest.exists() and not dest.is_dir():
+        raise InputError(f"{dest}: is a file; give a directory for the report (--report)")
+    dest.mkdir(parents=True, exist_ok=True)
+
+    def start(what: str, steps: int) -> Callable[[], None]:
+        task = bar.add_task(what, total=steps)
+        return lambda: bar.advance(task)
+
+    record = comparison.compare(base, opened, settings, dest, start) | {"command": command}
+    write_report(record, dest)
+    if settings.tasks is not None:
+        export(dest / "tasks")
+    return record
 
 
 def make_demo_model(

@@ -48,6 +48,7 @@ def twin(base_logits: np.ndarray, cand_logits: np.ndarray, ids: np.ndarray) -> d
         "baseline_nll": -np.take_along_axis(log_p, following, -1)[..., 0],
         "kl": (np.exp(log_p) * (log_p - log_q)).sum(-1),
         "same_top": (log_p.argmax(-1) == log_q.argmax(-1)).astype(float),
+        "confidence": np.exp(log_p.max(-1)),
     }
 
 
@@ -167,7 +168,7 @@ def test_standard_errors_are_over_sequences():
     expected = per_sequence.std() / 2
     for length in (1, 100):
         values = per_sequence[:, None].expand(4, length)
-        summary = summarize(PerToken(values, values, values, values))
+        summary = summarize(PerToken(values, values, values, values, values))
         for name in ("kl_mean_se", "top1_agreement_se"):
             assert summary[name] == pytest.approx(float(expected))
         assert summary["perplexity_se"] == pytest.approx(math.exp(2.5) * float(expected))
@@ -176,7 +177,7 @@ def test_standard_errors_are_over_sequences():
 
 
 def test_one_sequence_has_no_standard_error():
-    summary = summarize(PerToken(*torch.rand(4, 1, 20)))
+    summary = summarize(PerToken(*torch.rand(5, 1, 20)))
     errors = {name: value for name, value in summary.items() if name.endswith("_se")}
     assert set(errors.values()) == {None}
     assert errors.keys() == {
@@ -189,7 +190,7 @@ def test_one_sequence_has_no_standard_error():
 def test_quantiles_by_hand():
     kl = torch.arange(1000.0)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))].view(10, 100)
     # exp(999) would overflow, so the negative log likelihoods are others
-    summary = summarize(PerToken(kl / 999, kl / 999, kl, kl))
+    summary = summarize(PerToken(kl / 999, kl / 999, kl, kl, kl))
     got = [summary[f"kl_{name}"] for name in ("median", "p90", "p99", "p999", "max")]
     assert got == pytest.approx([499.5, 899.1, 989.01, 998.001, 999])
 

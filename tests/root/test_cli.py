@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from gptoss_quantize import cli
 from gptoss_quantize.checkpoint import Checkpoint
 
-COMMANDS = ["quantize", "evaluate", "generate", "demo-model", "demo", "synthetic-model", "plan"]
+COMMANDS = ["quantize", "evaluate", "compare", "generate", "demo-model", "demo", "synthetic-model", "plan"]
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 def layer(module: str) -> str:
     """The entry of ORDER that a module of ours belongs to."""
     part = module.split(".")[1] if "." in module else ""
+    if part.startswith("cli_"):
+        return "cli"
     return part if part in ORDER else "root"
 
 

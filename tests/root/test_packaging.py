@@ -29,11 +29,25 @@ FOLDERS = {
     "gptoss_quantize.eval": "eval",
 }
 FOUR = [package for package in FOLDERS if "." in package]
+SUITE = (
+    "agreement",
+    "capitals",
+    "continuation",
+    "copying",
+    "kinds",
+    "last_words",
+    "opposites",
+    "pronouns",
+    "sequences",
+)
 # KiB; text that everybody downloads
 DATA_LIMITS = {
     ("calibration", "calibration.jsonl.gz"): 320,
     ("calibration", "NOTICE"): 8,
     ("eval", "heldout.jsonl.gz"): 128,
+    ("eval", "NOTICE"): 8,
+    ("eval", "report.html.j2"): 16,
+    **{("eval", f"tasks/{name}.jsonl"): 64 for name in SUITE},
 }
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -117,8 +131,8 @@ def test_types_are_shipped():
 
 @pytest.mark.parametrize("package", ["calibration", "eval"])
 def test_packaged_data_is_complete_and_small(package):
-    data = files(f"gptoss_quantize.{package}").joinpath("data")
-    there = {entry.name for entry in data.iterdir()}
+    data = Path(str(files(f"gptoss_quantize.{package}").joinpath("data")))
+    there = {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file()}
     assert there == {name for owner, name in DATA_LIMITS if owner == package}
     for name in there:
         content = data.joinpath(name).read_bytes()

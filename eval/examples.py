@@ -1,0 +1,56 @@
+"""Example answers of a loaded checkpoint, greedy, and how fast they came."""
+
+import time
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from gptoss_quantize.calibration.text import render_chat
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.loading import load
+
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Write two sentences about the sea.",
+    "Name three animals that can fly.",
+)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Return the transformers model of a checkpoint; our int4 experts stay packed in memory."""
+    if checkpoint.expert_format == "int4":
+        return load(checkpoint.path, dtype=dtype)
+    # its own bars would tear ours apart
+    transformers.utils.logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
+) -> list[dict[str, Any]]:
+    """Return {"prompt", "answer", "tokens", "seconds"} per prompt, in the chat template where there is one."""
+    out = []
+    for prompt in prompts:
+        text = prompt
+        if tokenizer.chat_template is not None:
+            text = render_chat([{"role": "user", "content": prompt}], tokenizer, "an example", answer_next=True)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
+        started = time.perf_counter()
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )[0, inputs["input_ids"].shape[1] :]
+        out.append(
+            {
+                "prompt": prompt,
+                "answer": str(tokenizer.decode(ids, skip_special_tokens=True)),
+                "tokens": len(ids),
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+        )
+    return out

@@ -1,0 +1,112 @@
+"""Raw text and conversations as trees: what is scored, and what stands before it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gptoss_quantize.calibration.text import DATE, TextSpec, load_tokens
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.eval.texts import assistant_turns, load_text
+
+HARMONY = Path(__file__).resolve().parents[1] / "data" / "harmony.jinja"
+SPECIAL = ["<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+CHAT = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "thinking": "A sum.", "content": "It is 4."},
+    {"role": "user", "content": "And 3 + 3?"},
+    {"role": "assistant", "thinking": "Again.", "content": "It is 6."},
+]
+SYSTEM = (
+    f"<|start|>system<|message|>You are ChatGPT.\nCurrent date: {DATE}\n# Valid channels: analysis, final.<|end|>"
+)
+
+
+@pytest.fixture(scope="module")
+def harmony() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes and Harmony's special tokens, with its template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|return|>", chat_template=HARMONY.read_text(encoding="utf-8")
+    )
+
+
+def write(path: Path, rows: list) -> TextSpec:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return TextSpec(source=str(path), tokens=None, seq_len=8, shuffle=False)
+
+
+def test_the_assistants_turns_are_scored_in_what_stands_before_them(harmony):
+    first, second = (tuple(map(harmony.decode, turn)) for turn in assistant_turns(CHAT, harmony, "here"))
+    question = "<|start|>user<|message|>What is 2 + 2?<|end|>"
+    assert first[0] == f"{SYSTEM}{question}<|start|>assistant"
+    thought = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"
+    assert first[1] == thought.format("A sum.", "It is 4.")
+    # the thinking of the first turn is gone when the second is answered, and its end marker is another
+    before = "<|start|>assistant<|channel|>final<|message|>It is 4.<|end|><|start|>user<|message|>And 3 + 3?<|end|>"
+    assert second[0] == f"{SYSTEM}{question}{before}<|start|>assistant"
+    assert second[1] == thought.format("Again.", "It is 6.")
+
+
+def test_a_file_of_conversations_is_chat(harmony, tmp_path):
+    text = load_text(write(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": CHAT[:2]}]), harmony, 1000)
+    assert text.kind == "chat" and len(text.trees) == 3 and text.left_out == 0
+    assert text.trees[0] == text.trees[2]
+    record = text.record()
+    assert record["scored_tokens"] == sum(len(tree.branches[0]) for tree in text.trees)
+    assert record["sequences"] == 3
+
+
+def test_a_turn_beyond_the_models_positions_is_left_out_and_counted(harmony, tmp_path):
+    spec = write(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    lengths = [len(tree) for tree in load_text(spec, harmony, 1000).trees]
+    text = load_text(spec, harmony, max(lengths) - 1)
+    assert len(text.trees) == 1 and text.left_out == 1 and text.record()["turns_left_out"] == 1
+
+
+def test_raw_text_scores_all_but_the_first_token_of_a_sequence(harmony, tmp_path):
+    spec = write(tmp_path / "raw.jsonl", [{"text": "A calm sea, and a lighthouse."}])
+    text = load_text(spec, harmony, 1000)
+    ids = load_tokens(spec, harmony).ids
+    assert text.kind == "raw"
+    assert [tree.context + tree.branches[0] for tree in text.trees] == [tuple(row) for row in ids.tolist()]
+    assert text.record()["scored_tokens"] == ids.shape[0] * 7
+
+
+def test_the_hash_names_the_tokens(harmony, tmp_path):
+    one, same, other = (
+        load_text(write(tmp_path / f"{i}.jsonl", [{"text": text}]), harmony, 1000)
+        for i, text in enumerate(["A calm sea.", "A calm sea.", "A calm bay."])
+    )
+    assert one.sha256 == same.sha256 != other.sha256
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"messages": CHAT[:1]}], "no assistant's answer to score"),
+        (
+            [{"messages": [{"role": "poet", "content": "O"}, *CHAT[1:2]]}],
+            "refuses the conversation .*unknown role poet",
+        ),
+        ([{"messages": CHAT}, {"messages": "plain"}], "line 2: no list of messages"),
+    ],
+)
+def test_conversations_that_cannot_be_scored_are_refused(harmony, tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_text(write(tmp_path / "chat.jsonl", rows), harmony, 1000)
+
+
+def test_a_template_that_writes_another_beginning_is_refused(harmony, tmp_path):
+    import copy
+
+    odd = copy.deepcopy(harmony)
+    odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="does not write the same beginning"):
+        assistant_turns(CHAT, odd, "here")
