@@ -28,7 +28,7 @@ lint: $(STAMP)  ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
-	cp -r gptoss_quantize $(TYPES)/ && cp -r kernels calibration quantize eval $(TYPES)/gptoss_quantize/
+	cp -r gptoss_quantize $(TYPES)/ && cp -r kernels calibration quantize eval runtimes $(TYPES)/gptoss_quantize/
 	cd $(TYPES) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 bench: $(STAMP)  ## time, memory and KL divergence of each option on the demo model, an hour on 2 idle cores

@@ -130,6 +130,10 @@ class Checkpoint:
         """Return dtype, shape and place of a stored tensor."""
         return self._shard_of[name].tensors[name]
 
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors, sorted."""
+        return sorted(self._shard_of)
+
     def files(self) -> list[Path]:
         """Return the weight files, sorted."""
         return sorted({shard.path for shard in self._shard_of.values()})
@@ -186,6 +190,13 @@ class Checkpoint:
     def experts(self, layer: int, dtype: torch.dtype = torch.float32) -> Iterator[Expert]:
         """Yield a layer's experts one after another."""
         return (self.expert(layer, e, dtype) for e in range(self.config.experts))
+
+    def expert_bias(self, layer: int, expert: int, part: str) -> torch.Tensor:
+        """Return one expert's bias as stored; `part` is "gate_up" (interleaved, [2F]) or "down" ([D])."""
+        base = f"model.layers.{layer}.mlp.experts."
+        if self.expert_format == "int4":
+            return self.read(f"{base}{expert}.{'w13' if part == 'gate_up' else 'w2'}_bias")
+        return self.read(f"{base}{part}_proj_bias", expert)
 
     def _int4(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         codes = int4.unpack(self.read(name + "_weight_packed"))

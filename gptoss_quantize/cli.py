@@ -13,11 +13,12 @@ import typer
 import typer.core
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gptoss_quantize import __version__, cli_compare, cli_sizes
+from gptoss_quantize.cli_runtimes import COMMANDS
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.terminal import console, progress
 
 
 class StoppedError(Exception):
@@ -44,7 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(stderr=True)
 
 
 class Method(StrEnum):
@@ -107,19 +107,6 @@ def root(
     ] = False,
 ) -> None:
     """Quantize gpt-oss experts to int4 with AWQ and GPTQ, and measure what it cost."""
-
-
-def progress() -> Progress:
-    """Return a progress bar with time spent and time left, on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    return Progress(*columns, console=console)
 
 
 @app.command()
@@ -324,6 +311,8 @@ def demo(
 
 
 cli_sizes.register(app)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 450
 MAX_TEST_LINES = 500
 # each may import itself and those below it; modules of the root package that are not named are "root"
-ORDER = ("kernels", "root", "calibration", "quantize", "eval", "workflow", "cli_sizes", "cli")
-PACKAGES = ("", "kernels", "calibration", "quantize", "eval")
+ORDER = ("kernels", "root", "calibration", "quantize", "eval", "runtimes", "workflow", "cli")
+PACKAGES = ("", "kernels", "calibration", "quantize", "eval", "runtimes")
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the five packages by its full name, __init__ as the package itself."""
+    """Every module of the six packages by its full name, __init__ as the package itself."""
     out = {}
     for package in PACKAGES:
         name = ".".join(("gptoss_quantize", package)).rstrip(".")
@@ -32,9 +32,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 def layer(module: str) -> str:
     """The entry of ORDER that a module of ours belongs to."""
-    part = module.split(".")[1] if "." in module else ""
-    if part.startswith("cli_"):
-        return "cli"
+    # cli_compare.py and its like are part of the command line
+    part = module.split(".")[1].split("_")[0] if "." in module else ""
     return part if part in ORDER else "root"
 
 

@@ -1,4 +1,4 @@
-"""What is installed is what the checkout holds: five packages, their data, one command, nothing beside them.
+"""What is installed is what the checkout holds: six packages, their data, one command, nothing beside them.
 
 CI runs these tests twice, from the editable install and from the built wheel outside the checkout.
 """
@@ -27,8 +27,8 @@ FOLDERS = {
     "gptoss_quantize.calibration": "calibration",
     "gptoss_quantize.quantize": "quantize",
     "gptoss_quantize.eval": "eval",
+    "gptoss_quantize.runtimes": "runtimes",
 }
-FOUR = [package for package in FOLDERS if "." in package]
 SUITE = (
     "agreement",
     "capitals",
@@ -40,6 +40,7 @@ SUITE = (
     "pronouns",
     "sequences",
 )
+FOLDERS_BELOW = [package for package in FOLDERS if "." in package]
 # KiB; text that everybody downloads
 DATA_LIMITS = {
     ("calibration", "calibration.jsonl.gz"): 320,
@@ -59,7 +60,7 @@ def folder(package: str) -> Path:
     return Path(path).parent
 
 
-def test_pyproject_names_the_five_packages():
+def test_pyproject_names_the_six_packages():
     tool = PYPROJECT["tool"]["setuptools"]
     assert sorted(tool["packages"]) == sorted(FOLDERS)
     assert tool["package-dir"] == FOLDERS
@@ -73,7 +74,7 @@ def test_every_folder_of_the_checkout_with_an_init_is_packaged():
 @pytest.mark.parametrize("package", FOLDERS)
 def test_every_module_imports(package):
     names = [module.name for module in iter_modules([str(folder(package))])]
-    assert names or package not in FOUR
+    assert names or package not in FOLDERS_BELOW
     for name in names:
         import_module(f"{package}.{name}")
 
@@ -86,7 +87,7 @@ def test_packages_are_flat(package):
     assert not deeper
 
 
-@pytest.mark.parametrize("package", FOUR)
+@pytest.mark.parametrize("package", FOLDERS_BELOW)
 def test_the_init_of_a_folder_is_a_docstring(package):
     # the folder may be imported by accident under its bare name: then nothing must happen
     tree = ast.parse((folder(package) / "__init__.py").read_text(encoding="utf-8"))

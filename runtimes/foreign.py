@@ -1,0 +1,224 @@
+"""int4 gpt-oss checkpoints that other tools made, read as a `Checkpoint`.
+
+Known layouts, one linear layer per expert and projection (`experts.E.{gate_proj,up_proj,down_proj}`):
+
+    gptq    qweight, qzeros, scales, [g_idx]    GPTQModel, AutoGPTQ, AutoRound; checkpoint_format gptq or gptq_v2
+    awq     qweight, qzeros, scales             AutoAWQ's GEMM order, AutoRound
+    ct      weight_packed, weight_scale, [weight_zero_point, weight_g_idx]    llm-compressor
+
+gate_proj means two things (formats.md B4): the even rows of gate_up_proj, the true gate (llm-compressor, AutoRound),
+or its first half (GPTQModel). Nothing in the shapes tells them apart; `imports.detect_split` does. `split` says how
+this object reads them: "interleaved" or "halves".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptoss_quantize.checkpoint import Checkpoint, Expert, dense_shapes
+from gptoss_quantize.config import parse_config, read_json
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.kernels import int4, legacy
+from gptoss_quantize.shards import ShardFile
+
+SPLITS = ("interleaved", "halves")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_KNOWN = "expected an int4 gpt-oss of GPTQModel, AutoGPTQ, AutoAWQ, AutoRound or llm-compressor"
+_FROM_BF16 = "--to bf16 writes the dequantized weights, which can be quantized again"
+
+
+@dataclass(slots=True)
+class Linear:
+    """One quantized matrix: weight = (codes - zeros[group]) * scale[group], codes and zeros 0..15."""
+
+    codes: Tensor  # int16 [R, C]
+    zeros: Tensor  # int16 [R, G]
+    scale: Tensor  # [R, G] as stored
+    group: Tensor  # int64 [C], the group of every input column
+
+    def weight(self) -> Tensor:
+        """Return the float32 weights [R, C]."""
+        return (self.codes - self.zeros[:, self.group]).float() * self.scale.float()[:, self.group]
+
+
+Read = Callable[[str], Tensor]
+
+
+def _groups(columns: int, scale: Tensor) -> Tensor:
+    return torch.arange(columns) // (columns // scale.shape[1])
+
+
+def read_gptq(read: Read, has: Callable[[str], bool], name: str, version: int) -> Linear:
+    """Return a matrix of AutoGPTQ's layout."""
+    codes, zeros = legacy.read_gptq(read(name + "qweight"), read(name + "qzeros"), version=version)
+    scale = read(name + "scales").T.contiguous()
+    group = read(name + "g_idx").long() if has(name + "g_idx") else _groups(codes.shape[1], scale)
+    return Linear(codes, zeros, scale, group)
+
+
+def read_awq(read: Read, has: Callable[[str], bool], name: str, version: int) -> Linear:
+    """Return a matrix of AutoAWQ's GEMM layout."""
+    codes, zeros = legacy.read_awq(read(name + "qweight"), read(name + "qzeros"))
+    scale = read(name + "scales").T.contiguous()
+    return Linear(codes, zeros, scale, _groups(codes.shape[1], scale))
+
+
+def read_ct(read: Read, has: Callable[[str], bool], name: str, version: int) -> Linear:
+    """Return a matrix of compressed-tensors' pack-quantized layout."""
+    codes = int4.unpack(read(name + "weight_packed")).to(torch.int16) + 8
+    scale = read(name + "weight_scale")
+    zeros = torch.full(scale.shape, 8, dtype=torch.int16)
+    if has(name + "weight_zero_point"):
+        # packed along the rows
+        zeros = (int4.unpack(read(name + "weight_zero_point").T.contiguous()).to(torch.int16) + 8).T
+    group = _groups(codes.shape[1], scale)
+    if has(name + "weight_g_idx"):
+        group = read(name + "weight_g_idx").long()
+    return Linear(codes, zeros, scale, group)
+
+
+LAYOUTS: dict[str, Callable[[Read, Callable[[str], bool], str, int], Linear]] = {
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "ct": read_ct,
+}
+
+
+def layout_of(quantization: dict[str, Any], has: Callable[[str], bool], where: Path) -> tuple[str, int]:
+    """Return (key of LAYOUTS, AutoGPTQ version) from config.json and the tensor names; InputError for others."""
+    base = "model.layers.0.mlp.experts.0.gate_proj."
+    if has(base + "weight_packed"):
+        return "ct", 0
+    if not has(base + "qweight"):
+        raise InputError(f"{where}: no tensor {base}qweight or {base}weight_packed; {_KNOWN}")
+    method, packing = quantization.get("quant_method"), str(quantization.get("packing_format", ""))
+    if method == "awq" or packing.endswith("awq"):
+        return "awq", 0
+    if method == "gptq" or packing.endswith("gptq"):
+        v2 = quantization.get("checkpoint_format") == "gptq_v2" or packing.endswith("v2")
+        return "gptq", 2 if v2 else 1
+    raise InputError(
+        f"{where}: quantization_config has quant_method {method!r}, packing_format {packing!r}; {_KNOWN}"
+    )
+
+
+class Foreign(Checkpoint):
+    """Another tool's directory: `config`, dense tensors and dequantized experts, like any checkpoint."""
+
+    def __init__(self, path: Path, split: str):
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        if not path.is_dir():
+            raise InputError(f"{path}: not a directory; {_KNOWN}")
+        self.path, self.split, self.adapter = path, split, None
+        raw = read_json(path / "config.json")
+        self.config = parse_config(raw, str(path / "config.json"))
+        self._shard_of: dict[str, ShardFile] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            shard = ShardFile(file)
+            self._shard_of |= dict.fromkeys(shard.tensors, shard)
+        self.quantization = raw.get("quantization_config")
+        if not isinstance(self.quantization, dict):
+            raise InputError(f"{path / 'config.json'}: no quantization_config; {_KNOWN}")
+        bits = self.quantization.get("bits", 4)
+        if bits != 4:
+            raise InputError(f"{path / 'config.json'}: {bits} bits; only int4 is known here")
+        self.layout, self.version = layout_of(self.quantization, self._shard_of.__contains__, path)
+        self.expert_format, self.group_size = "foreign", 0
+        for name, shape in dense_shapes(self.config).items():
+            if name not in self._shard_of:
+                raise InputError(f"{path}: tensor {name} is missing; the file is not of a whole gpt-oss model")
+            if self.info(name).shape != shape:
+                raise InputError(f"{path}: {name} has shape {list(self.info(name).shape)}, expected {list(shape)}")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Refuse experts without biases, and tensors that nothing here would read."""
+        known = set(dense_shapes(self.config))
+        suffixes = ("qweight", "qzeros", "scales", "g_idx", "bias") if self.layout != "ct" else (
+            "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "bias"
+        )  # fmt: skip
+        for layer in range(self.config.layers):
+            for expert in range(self.config.experts):
+                for projection in PROJECTIONS:
+                    base = self._name(layer, expert, projection)
+                    known |= {base + suffix for suffix in suffixes}
+                    if base + "bias" not in self._shard_of:
+                        raise InputError(
+                            f"{self.path}: {base}bias is missing; the tool dropped the experts' biases, without "
+                            "which the model is another one. Quantize again from the original"
+                        )
+        if unknown := sorted(self._shard_of.keys() - known):
+            raise InputError(
+                f"{self.path}: {len(unknown)} tensor(s) of unknown meaning, first {unknown[0]}; {_KNOWN}"
+            )
+
+    @staticmethod
+    def _name(layer: int, expert: int, projection: str) -> str:
+        return f"model.layers.{layer}.mlp.experts.{expert}.{projection}."
+
+    def linear(self, layer: int, expert: int, projection: str) -> Linear:
+        """Return one quantized matrix; InputError when it does not have the shape of the model's."""
+        name = self._name(layer, expert, projection)
+        try:
+            linear = LAYOUTS[self.layout](self.read, self._shard_of.__contains__, name, self.version)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"{self.path}: {name}* is missing or misshapen ({error}); {_KNOWN}") from None
+        rows, columns = self.config.intermediate, self.config.hidden
+        if projection == "down_proj":
+            rows, columns = columns, rows
+        if linear.codes.shape != (rows, columns) or linear.zeros.shape != linear.scale.shape:
+            raise InputError(f"{self.path}: {name}* is {list(linear.codes.shape)}, expected {[rows, columns]}")
+        return linear
+
+    def joined(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the interleaved rows of gate and up tensors, as `split` reads them."""
+        if self.split == "halves":
+            return torch.cat((gate, up))
+        return torch.stack((gate, up), dim=1).flatten(0, 1)
+
+    def expert_bias(self, layer: int, expert: int, part: str) -> Tensor:
+        """Return one expert's bias as stored, gate and up joined."""
+        biases = [self.read(self._name(layer, expert, projection) + "bias") for projection in PROJECTIONS]
+        return self.joined(*biases[:2]) if part == "gate_up" else biases[2]
+
+    def expert(self, layer: int, expert: int, dtype: torch.dtype = torch.float32) -> Expert:
+        """Return one expert's dequantized weights."""
+        gate, up, down = (self.linear(layer, expert, projection).weight() for projection in PROJECTIONS)
+        return Expert(
+            gate_up=self.joined(gate, up).to(dtype),
+            gate_up_bias=self.expert_bias(layer, expert, "gate_up").to(dtype),
+            down=down.to(dtype),
+            down_bias=self.expert_bias(layer, expert, "down").to(dtype),
+        )
+
+    def packed(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """Return the expert in our layout, name inside `experts.E.` -> tensor; InputError for what it cannot hold."""
+        gate, up, down = (self._symmetric(layer, expert, projection) for projection in PROJECTIONS)
+        return {
+            "w13_weight_packed": int4.pack(self.joined(gate[0], up[0])),
+            "w13_weight_scale": self.joined(gate[1], up[1]),
+            "w13_bias": self.expert_bias(layer, expert, "gate_up"),
+            "w2_weight_packed": int4.pack(down[0]),
+            "w2_weight_scale": down[1],
+            "w2_bias": self.expert_bias(layer, expert, "down"),
+        }
+
+    def _symmetric(self, layer: int, expert: int, projection: str) -> tuple[Tensor, Tensor]:
+        """Return (int8 codes -8..7, scales) of a matrix that has zero point 8 and groups of neighbours."""
+        linear, name = self.linear(layer, expert, projection), self._name(layer, expert, projection)
+        if other := int((linear.zeros != 8).sum()):
+            raise InputError(
+                f"{self.path}: {name}* has {other} zero points other than 8 (asymmetric codes); our layout, like "
+                f"vLLM's, has no zero points. {_FROM_BF16}"
+            )
+        if not torch.equal(linear.group, _groups(linear.codes.shape[1], linear.scale)):
+            raise InputError(
+                f"{self.path}: {name}g_idx puts inputs into groups out of order (desc_act); our layout, like vLLM's, "
+                f"has groups of neighbours only. {_FROM_BF16}"
+            )
+        return (linear.codes - 8).to(torch.int8), linear.scale

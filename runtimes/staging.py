@@ -1,0 +1,151 @@
+"""Files and directories that appear whole or not at all, written tensor by tensor.
+
+A writer gets a list of `Planned` tensors: what a header says about each, and a function that yields its bytes in
+order. So a file of any size needs the memory of one chunk, one expert's matrix at most. The directory is written
+under `DEST.partial` and renamed at the end; a failure or Ctrl-C leaves nothing under the final name.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.quantize.output import COPIED, write_json
+from gptoss_quantize.shards import DTYPES
+
+REPORT_NAME = "export_report.json"
+INDEX_NAME = "model.safetensors.index.json"
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor to be written: its header entry, and its bytes on demand (C order, chunk after chunk)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any  # a torch dtype for safetensors, a gguf.GGMLQuantizationType for GGUF
+    chunks: Callable[[], Iterable[torch.Tensor]]
+
+
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+def _check_free(dest: Path, partial: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
+    """Refuse a final name that is taken, or whose replacement would delete what is not ours."""
+    for path in inputs:
+        if any(path.resolve().is_relative_to(place.resolve()) for place in (dest, partial)):
+            raise InputError(f"{dest}: holds the input {path}; choose another place for DEST")
+    if not os.path.lexists(dest):
+        return
+    if not overwrite:
+        raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
+    plain = dest.is_dir() and not dest.is_symlink()
+    if not plain or (any(dest.iterdir()) and not (dest / REPORT_NAME).is_file()):
+        raise InputError(
+            f"{dest}: nothing that gptoss-quantize exported (no {REPORT_NAME}), so --overwrite does not delete it; "
+            "choose another name or remove it yourself"
+        )
+
+
+def _publish(partial: Path, dest: Path) -> None:
+    """Give the finished directory its name; what stood there is deleted last."""
+    replaced = dest.with_name(dest.name + ".replaced")
+    if dest.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        dest.rename(replaced)
+    partial.rename(dest)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+@contextmanager
+def staged(dest: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the directory DEST.partial; rename it to DEST when the block ends well, delete it otherwise.
+
+    InputError when DEST exists (with `overwrite`: when it is not an export of ours), holds one of the `inputs`, or
+    cannot be written.
+    """
+    dest = Path(os.path.abspath(dest))
+    partial = dest.with_name(dest.name + ".partial")
+    _check_free(dest, partial, overwrite, inputs)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be written ({error}); choose another place for DEST") from None
+    try:
+        yield partial
+        _publish(partial, dest)
+    except OSError as error:
+        raise InputError(f"{dest}: writing failed ({error}); free some space and run it again") from error
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_chunks(file: Any, entry: Planned, nbytes: int) -> None:
+    """Write the bytes of one tensor; a number of bytes that the header does not promise is a bug of ours."""
+    written = 0
+    for chunk in entry.chunks():
+        data = chunk.contiguous().reshape(-1).view(torch.uint8)
+        written += file.write(memoryview(data.numpy().data))
+    if written != nbytes:
+        raise RuntimeError(f"{entry.name}: {written} bytes written, its header promises {nbytes}")
+
+
+def write_safetensors(path: Path, entries: list[Planned]) -> None:
+    """Write one safetensors file, the largest dtypes first as the format's alignment asks."""
+    ordered = sorted(entries, key=lambda entry: -entry.kind.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    sizes = []
+    for entry in ordered:
+        nbytes = entry.kind.itemsize * torch.Size(entry.shape).numel()
+        offsets = [place, place + nbytes]
+        header[entry.name] = {"dtype": _NAME_OF[entry.kind], "shape": list(entry.shape), "data_offsets": offsets}
+        place += nbytes
+        sizes.append(nbytes)
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for entry, nbytes in zip(ordered, sizes, strict=True):
+            write_chunks(file, entry, nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_shards(folder: Path, shards: list[list[Planned]], stem: str, on_shard: Progress = no_progress) -> int:
+    """Write `STEM-0000i-of-0000N.safetensors` and their index; return the bytes of all tensors."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, entries in enumerate(shards, 1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, entries)
+        weight_map |= {entry.name: name for entry in entries}
+        total += sum(entry.kind.itemsize * torch.Size(entry.shape).numel() for entry in entries)
+        on_shard(number, len(shards))
+    index_name = INDEX_NAME if stem == "model" else f"{stem}.safetensors.index.json"
+    write_json(folder / index_name, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence, where the source has them."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
