@@ -57,6 +57,13 @@ class Method(StrEnum):
     rtn_signed = "rtn-signed"
 
 
+class Format(StrEnum):
+    """What is written."""
+
+    int4 = "int4"
+    mxfp4 = "mxfp4"
+
+
 class Group(StrEnum):
     """Weights per scale."""
 
@@ -116,9 +123,13 @@ def quantize(
     method: Annotated[
         Method, typer.Option(help="gptq is the good one, awq the fast one, rtn the yardstick.")
     ] = Method.gptq,
+    target: Annotated[
+        Format,
+        typer.Option("--format", help="int4: ours. mxfp4: OpenAI's own layout, which runs wherever gpt-oss runs."),
+    ] = Format.int4,
     group_size: Annotated[
-        Group, typer.Option(help="64: 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
-    ] = Group.g64,
+        Group | None, typer.Option(help="int4 only. 64 (default): 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
+    ] = None,
     dense: Annotated[
         Dense, typer.Option(help="int8: attention, embedding and head in 8 bits too; our loader and GGUF, not vLLM.")
     ] = Dense.source,
@@ -137,14 +148,18 @@ def quantize(
     memory: Annotated[
         str | None, typer.Option(help="What the process may take, such as 12GiB; 60 % of what is free without it.")
     ] = None,
+    polish: Annotated[
+        int, typer.Option(min=0, help="Steps of end-to-end polish: KL by scales, biases, norms. 60 is a good number.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or a stale unfinished run.")] = False,
     recipe: Annotated[
         list[str] | None, typer.Option("--set", help="Change a recipe field, as name=value; see quantize/recipes.py.")
     ] = None,
 ) -> None:
-    """Quantize the experts of MODEL to int4 and write a packed checkpoint to OUT."""
+    """Quantize the experts of MODEL to int4 or MXFP4 and write a packed checkpoint to OUT."""
     from gptoss_quantize.calibration.text import TextSpec
+    from gptoss_quantize.quantize.formats import FORMATS
     from gptoss_quantize.quantize.recipes import RECIPES, override
     from gptoss_quantize.quantize.run import Job
     from gptoss_quantize.units import parse_size
@@ -157,11 +172,13 @@ def quantize(
         dest=out,
         method=method.value,
         recipe=override(RECIPES[method.value], recipe or []),
-        group_size=int(group_size.value),
+        format=target.value,
+        group_size=FORMATS[target.value].group_size if group_size is None else int(group_size.value),
         dense=dense.value,
         device=device,
         dtype=DTYPES[dtype.value],
         memory=None if memory is None else parse_size(memory, "--memory"),
+        polish=polish,
         resume=resume,
         overwrite=overwrite,
     )
@@ -177,6 +194,19 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
         f"{report['expert_bits_per_weight']:.2f} bits per weight, {report['seconds']:.0f} s, "
         f"peak {report['peak_rss_mib']} MiB"
     )
+    if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
+        error = report["mean_output_error"]
+        lost = "" if error is None else f" (the experts' outputs move by {100 * error**0.5:.1f} %, rms)"
+        console.print(
+            f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
+            "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
+        )
+    if polish := report.get("polish"):
+        console.print(
+            f"polish: KL {polish['kl_before']:.4f} -> {polish['kl_after']:.4f} on {polish['heldout_tokens']} "
+            f"held-out calibration tokens after {polish['steps']} steps"
+            + ("" if polish["kept"] else "; [yellow]it did not help, and nothing was changed[/yellow]")
+        )
     for key, words in (
         ("experts_without_tokens", "expert(s) saw no calibration token and were rounded without error feedback"),
         ("experts_under_50_tokens", "expert(s) saw fewer than 50 tokens and were damped strongly"),

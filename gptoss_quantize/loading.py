@@ -123,7 +123,7 @@ class _Auto(GptOssForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a directory with our marker packed; hand everything else to transformers unchanged."""
         config = kwargs.get("config")
-        if getattr(config, "gptoss_quantize", None) is None:
+        if (getattr(config, "gptoss_quantize", None) or {}).get("format") != "int4":
             return GptOssForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.bfloat16
         if dtype == "auto":

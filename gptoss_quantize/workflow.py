@@ -65,8 +65,15 @@ def quantize_model(
     job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
     tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
-    task = bar.add_task(f"{job.method} group {job.group_size}: layer", total=source.config.layers)
-    return quantize_checkpoint(source, job, tokens, lambda index: bar.update(task, completed=index + 1))
+    task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
+    polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
+    return quantize_checkpoint(
+        source,
+        job,
+        tokens,
+        lambda index: bar.update(task, completed=index + 1),
+        lambda step, kl: bar.update(polish, completed=step, description=f"polish, KL {kl:.4f}: step"),
+    )
 
 
 def evaluate_models(

@@ -32,6 +32,19 @@ template <typename V, typename T> inline V nearest_code(V x, T low, T high) {
   return (x + kMagic<T>) - kMagic<T>;
 }
 
+// kernels.grids.nearest_halves: the nearest of 0, 1, 2, 3, 4, 6, 8, 12 and their negatives; gaps of 1, 2 and 4
+template <typename V, typename T> inline V nearest_half(V x) {
+  x = upper_of<V>(lower_of<V>(x, broadcast<V>(T(12))), broadcast<V>(T(-12)));
+  const V size = upper_of<V>(x, -x), one = broadcast<V>(T(1));
+  const V gap = size < T(4) ? one : (size < T(8) ? one * T(2) : one * T(4));
+  return ((x / gap + kMagic<T>) - kMagic<T>) * gap;
+}
+
+// the code on a grid: kernels.grids.MXFP4 with `halves`, INT4 without
+template <typename V, typename T> inline V on_grid(V x, bool halves) {
+  return halves ? nearest_half<V, T>(x) : nearest_code<V, T>(x, T(-8), T(7));
+}
+
 // kernels.int4.round_scale: nearest bfloat16, magnitude within [2^-17, 65280].
 template <typename T> inline T round_scale(T x) {
   float value = static_cast<float>(x);
@@ -46,6 +59,12 @@ template <typename T> inline T round_scale(T x) {
   return static_cast<T>(value < 0 ? -magnitude : magnitude);
 }
 
+// kernels.grids.power_scale: nearest power of two in ratio, within [2^-60, 2^60]
+template <typename T> inline T power_scale(T x) {
+  const T low = T(0x1p-60), high = T(0x1p60);
+  return std::exp2(std::nearbyint(std::log2(x < low ? low : x > high ? high : x)));
+}
+
 template <typename T> struct Block {
   int64_t low, width, columns, rows;  // first column, columns of the block; K, N of the arrays
 };
@@ -58,7 +77,7 @@ template <typename T> void copy_block(const T* coupling, const Block<T>& b, T* o
 
 template <typename V, typename T, int NV>
 void gptq_tile(const Block<T>& b, int64_t row, const T* lower, const T* state, T* delta, int8_t* codes, const T* scale,
-               const int64_t* order, int64_t group) {
+               const int64_t* order, int64_t group, bool halves) {
   constexpr int lanes = sizeof(V) / sizeof(T);
   V done[kMaxBlock][NV];
   for (int64_t k = 0; k < b.width; ++k) {
@@ -75,7 +94,7 @@ void gptq_tile(const Block<T>& b, int64_t row, const T* lower, const T* state, T
     int8_t* codes_k = codes + column * b.rows + row;
     for (int v = 0; v < NV; ++v) {
       const V s = load<V>(scale_k + v * lanes);
-      const V code = nearest_code<V, T>(value[v] / s, T(-8), T(7));
+      const V code = on_grid<V, T>(value[v] / s, halves);
       done[k][v] = load<V>(delta_k + v * lanes) - code * s;
       store<V>(delta_k + v * lanes, done[k][v]);
       T spread[lanes];
@@ -88,7 +107,7 @@ void gptq_tile(const Block<T>& b, int64_t row, const T* lower, const T* state, T
 // quantize.gptq.gptq, one block of columns
 template <typename T>
 void gptq_block(int64_t low, int64_t width, int64_t columns, int64_t rows, const T* coupling, const T* state, T* delta,
-                int8_t* codes, const T* scale, const int64_t* order, int64_t group) {
+                int8_t* codes, const T* scale, const int64_t* order, int64_t group, int64_t halves) {
   typedef typename Wide<T>::type V;
   constexpr int lanes = sizeof(V) / sizeof(T), NV = 4;
   const Block<T> b{low, width, columns, rows};
@@ -96,15 +115,15 @@ void gptq_block(int64_t low, int64_t width, int64_t columns, int64_t rows, const
   copy_block(coupling, b, lower);
   int64_t row = 0;
   for (; row + NV * lanes <= rows; row += NV * lanes)
-    gptq_tile<V, T, NV>(b, row, lower, state, delta, codes, scale, order, group);
+    gptq_tile<V, T, NV>(b, row, lower, state, delta, codes, scale, order, group, halves != 0);
   for (; row + lanes <= rows; row += lanes)
-    gptq_tile<V, T, 1>(b, row, lower, state, delta, codes, scale, order, group);
-  for (; row < rows; ++row) gptq_tile<T, T, 1>(b, row, lower, state, delta, codes, scale, order, group);
+    gptq_tile<V, T, 1>(b, row, lower, state, delta, codes, scale, order, group, halves != 0);
+  for (; row < rows; ++row) gptq_tile<T, T, 1>(b, row, lower, state, delta, codes, scale, order, group, halves != 0);
 }
 
 template <typename V, typename T, int NV>
 void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lower, T* state, T* delta, T* codes,
-                 T* scale) {
+                 T* scale, bool halves) {
   constexpr int lanes = sizeof(V) / sizeof(T);
   V code[kMaxBlock][NV], change[kMaxBlock][NV], before[NV], now[NV], gain[NV] = {}, power[NV] = {};
   for (int v = 0; v < NV; ++v) before[v] = load<V>(scale + row + v * lanes);
@@ -130,7 +149,8 @@ void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lowe
     store<V>(p, power[v]);
     store<V>(s, before[v]);
     for (int i = 0; i < lanes; ++i) {
-      const T wanted = round_scale<T>(s[i] + (p[i] > 0 ? g[i] / p[i] : T(0)));
+      const T refit = s[i] + (p[i] > 0 ? g[i] / p[i] : T(0));
+      const T wanted = halves ? power_scale<T>(refit) : round_scale<T>(refit);
       const T step = wanted - s[i];
       if (step * (step * p[i] - 2 * g[i]) < 0) s[i] = wanted;
     }
@@ -154,7 +174,7 @@ void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lowe
     T* delta_k = delta + (b.low + k) * b.rows + row;
     for (int v = 0; v < NV; ++v) {
       const V old = code[k][v];
-      const V fresh = nearest_code<V, T>(old + push[v] / (diagonal * now[v]), T(-8), T(7));
+      const V fresh = on_grid<V, T>(old + push[v] / (diagonal * now[v]), halves);
       change[k][v] = (fresh - old) * now[v];
       store<V>(codes_k + v * lanes, fresh);
       store<V>(delta_k + v * lanes, fresh * now[v] - old * before[v]);
@@ -165,7 +185,7 @@ void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lowe
 // quantize.gptq.refine, one group of columns; `scale` is that group's row of scales
 template <typename T>
 void refine_block(int64_t low, int64_t width, int64_t columns, int64_t rows, const T* hessian, T* state, T* delta,
-                  T* codes, T* scale) {
+                  T* codes, T* scale, int64_t halves) {
   typedef typename Wide<T>::type V;
   constexpr int lanes = sizeof(V) / sizeof(T), NV = 2;
   const Block<T> b{low, width, columns, rows};
@@ -173,9 +193,10 @@ void refine_block(int64_t low, int64_t width, int64_t columns, int64_t rows, con
   copy_block(hessian, b, lower);
   int64_t row = 0;
   for (; row + NV * lanes <= rows; row += NV * lanes)
-    refine_tile<V, T, NV>(b, row, hessian, lower, state, delta, codes, scale);
-  for (; row + lanes <= rows; row += lanes) refine_tile<V, T, 1>(b, row, hessian, lower, state, delta, codes, scale);
-  for (; row < rows; ++row) refine_tile<T, T, 1>(b, row, hessian, lower, state, delta, codes, scale);
+    refine_tile<V, T, NV>(b, row, hessian, lower, state, delta, codes, scale, halves != 0);
+  for (; row + lanes <= rows; row += lanes)
+    refine_tile<V, T, 1>(b, row, hessian, lower, state, delta, codes, scale, halves != 0);
+  for (; row < rows; ++row) refine_tile<T, T, 1>(b, row, hessian, lower, state, delta, codes, scale, halves != 0);
 }
 
 template <typename V, typename T> inline T total(V x) {
@@ -266,12 +287,13 @@ inline float exponential(float x) {
 
 #define GPTQ(T)                                                                                                 \
   (int64_t low, int64_t width, int64_t columns, int64_t rows, const T* coupling, const T* state, T* delta, int8_t* codes, \
-   const T* scale, const int64_t* order, int64_t group)
-BOTH(gptq_block, GPTQ, (low, width, columns, rows, coupling, state, delta, codes, scale, order, group))
+   const T* scale, const int64_t* order, int64_t group, int64_t halves)
+BOTH(gptq_block, GPTQ, (low, width, columns, rows, coupling, state, delta, codes, scale, order, group, halves))
 
 #define REFINE(T) \
-  (int64_t low, int64_t width, int64_t columns, int64_t rows, const T* hessian, T* state, T* delta, T* codes, T* scale)
-BOTH(refine_block, REFINE, (low, width, columns, rows, hessian, state, delta, codes, scale))
+  (int64_t low, int64_t width, int64_t columns, int64_t rows, const T* hessian, T* state, T* delta, T* codes, T* scale, \
+   int64_t halves)
+BOTH(refine_block, REFINE, (low, width, columns, rows, hessian, state, delta, codes, scale, halves))
 
 #define SEARCH(T)                                                                                                    \
   (int64_t rows, int64_t columns, int64_t group, const T* weight, const T* importance, const T* ratio, int64_t ratios, \

@@ -103,7 +103,7 @@ def _i64(*values: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
 
 
-def gptq_block(
+def gptq_block(  # noqa: PLR0913 - the C function's own arguments
     low: int,
     high: int,
     coupling_EKK: torch.Tensor,
@@ -112,14 +112,18 @@ def gptq_block(
     codes_EKN: torch.Tensor,
     scale_EGN: torch.Tensor,
     order_EK: torch.Tensor,
+    halves: bool = False,
 ) -> None:
-    """Quantize columns low..high-1 (visiting order) in place: writes delta and the int8 codes; see quantize.gptq."""
+    """Quantize columns low..high-1 (visiting order) in place: writes delta and the int8 codes; see quantize.gptq.
+
+    The codes are those of kernels.grids.MXFP4 with `halves`, of INT4 without.
+    """
     E, K, N = state_EKN.shape
     function = _function("gptq_block", state_EKN.dtype)
     group = K // scale_EGN.shape[1]
     for e in range(E):
         arrays = (coupling_EKK[e], state_EKN[e], delta_EKN[e], codes_EKN[e], scale_EGN[e], order_EK[e])
-        function(*_i64(low, high - low, K, N), *map(_at, arrays), ctypes.c_int64(group))
+        function(*_i64(low, high - low, K, N), *map(_at, arrays), *_i64(group, halves))
 
 
 def refine_block(
@@ -130,13 +134,14 @@ def refine_block(
     delta_EKN: torch.Tensor,
     codes_EKN: torch.Tensor,
     scale_EGN: torch.Tensor,
+    halves: bool = False,
 ) -> None:
     """Refit the scale of the group low..high-1, then descend over its codes, in place; see quantize.gptq.refine."""
     E, K, N = state_EKN.shape
     function = _function("refine_block", state_EKN.dtype)
     for e in range(E):
         arrays = (hessian_EKK[e], state_EKN[e], delta_EKN[e], codes_EKN[e], scale_EGN[e, low // (high - low)])
-        function(*_i64(low, high - low, K, N), *map(_at, arrays))
+        function(*_i64(low, high - low, K, N), *map(_at, arrays), *_i64(halves))
 
 
 def search_scale(

@@ -103,11 +103,13 @@ def search_input(
     dense: dict[str, torch.Tensor],
     config: ModelConfig,
     group_size: int,
+    strength: float = 1.0,
 ) -> InputFold:
     """Return the layer's gate_up fold with the least routed, probability-weighted output error on the samples.
 
     Only gate_up is rounded while searching; its error is measured after down_proj, in the dtype of the samples.
-    alpha = 0 is no fold; when nothing beats it the layer stays as it is, with gain 1.
+    alpha = 0 is no fold; when nothing beats it the layer stays as it is, with gain 1. The best alpha is taken times
+    `strength`: plain rounding needs more of a fold than error feedback does.
     """
     norm, router = dense["post_attention_layernorm.weight"], dense["mlp.router.weight"]
     folds = [fold_input(s, norm, router) for s in input_candidates(magnitude_D)]
@@ -126,8 +128,10 @@ def search_input(
     gain = float(loss_A[best] / loss_A[0]) if float(loss_A[0]) > 0 else 1.0
     if best == 0 or gain >= 1:
         return InputFold(torch.ones_like(magnitude_D), norm, router, 0.0, 1.0)
-    scale, new_norm, new_router = folds[best]
-    return InputFold(scale, new_norm, new_router, ALPHAS[best], gain)
+    alpha = ALPHAS[best] * strength
+    (wanted_D,) = input_candidates(magnitude_D, (alpha,))
+    scale, new_norm, new_router = fold_input(wanted_D, norm, router)
+    return InputFold(scale, new_norm, new_router, alpha, gain)
 
 
 def _act(x_TD: torch.Tensor, gate_up_RD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:
@@ -136,12 +140,18 @@ def _act(x_TD: torch.Tensor, gate_up_RD: torch.Tensor, expert: Expert, config: M
 
 
 def search_down(
-    sample: Sample, expert: Expert, config: ModelConfig, group_size: int, clamped_F: torch.Tensor
+    sample: Sample,
+    expert: Expert,
+    config: ModelConfig,
+    group_size: int,
+    clamped_F: torch.Tensor,
+    strength: float = 1.0,
 ) -> tuple[Expert, torch.Tensor, float, float]:
     """Return (folded expert, t [F], beta, gain) with the least down_proj output error on the samples.
 
     `clamped` marks neurons whose up clamp binds on some calibration token; they and an expert without tokens
-    keep t = 1. gain 1 means that nothing helped and the expert is unchanged.
+    keep t = 1. The best t is taken to the power `strength`, see `search_input`. gain 1 means that
+    nothing helped and the expert is unchanged.
     """
     ones = torch.ones(config.intermediate, device=expert.down.device)
     if not sample.x.shape[0]:
@@ -168,4 +178,4 @@ def search_down(
     gain = losses[best] / losses[0] if losses[0] > 0 else 1.0
     if best == 0 or gain >= 1:
         return expert, ones, 0.0, 1.0
-    return *fold_down(expert, tries[best]), BETAS[best], gain
+    return *fold_down(expert, tries[best] ** strength), BETAS[best] * strength, gain

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from gptoss_quantize.kernels import native
-from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
+from gptoss_quantize.kernels.grids import INT4, MXFP4, Grid
 
 LEAF = 32
 NATIVE_LEAF = 96
@@ -127,8 +127,9 @@ def gptq(
     scale_ENG: torch.Tensor,
     leaf: int | None = None,
     compiled: bool = False,
+    grid: Grid = INT4,
 ) -> torch.Tensor:
-    """Return int8 codes [E, N, K] for static, rounded scales.
+    """Return int8 codes [E, N, K] of the grid for static, rounded scales.
 
     Columns are visited in the factor's order; each keeps its own group's scale, so the stored order does not change
     and no g_idx is needed. `compiled`: blocks of columns are left to `kernels.native`.
@@ -148,12 +149,13 @@ def gptq(
         for k in range(low, high):
             value_EN = _within(state_EKN, coupling_EKK, delta_EKN, low, k)
             scale_EN = scale_EGN[experts, group_EK[:, k]]
-            code_EN = torch.div(value_EN, scale_EN).round_().clamp_(CODE_MIN, CODE_MAX)
+            code_EN = grid.nearest(torch.div(value_EN, scale_EN))
             delta_EKN[:, k].addcmul_(code_EN, scale_EN, value=-1)
             codes_EKN[experts, order_EK[:, k]] = code_EN.to(torch.int8)
 
     def native_block(low: int, high: int) -> None:
-        native.gptq_block(low, high, coupling_EKK, state_EKN, delta_EKN, codes_EKN, scale_EGN, order_EK)
+        arrays = (coupling_EKK, state_EKN, delta_EKN, codes_EKN, scale_EGN, order_EK)
+        native.gptq_block(low, high, *arrays, halves=grid is MXFP4)
 
     visit = native_block if compiled else visit_block
     _walk(state_EKN, coupling_EKK, delta_EKN, visit, leaf or (NATIVE_LEAF if compiled else LEAF))
@@ -167,6 +169,7 @@ def refine(
     codes_ENK: torch.Tensor,
     compiled: bool = False,
     products: torch.dtype | None = None,
+    grid: Grid = INT4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (scales, codes) after one sweep: per group, refit its scale, round it, then descend over its codes.
 
@@ -191,7 +194,7 @@ def refine(
         old_value = codes * old_scale[:, None]
         pushed = torch.bmm(local, codes)
         gain, power = (codes * state).sum(1), (codes * pushed).sum(1)
-        new_scale = round_scale(old_scale + torch.where(power > 0, gain / power, 0.0))
+        new_scale = grid.round_scale(old_scale + torch.where(power > 0, gain / power, 0.0))
         step = new_scale - old_scale
         scale = torch.where(step * (step * power - 2 * gain) < 0, new_scale, old_scale)
         scale_EGN[:, low // group] = scale
@@ -200,14 +203,15 @@ def refine(
             push = _within(state_EKN, hessian_EKK, delta_EKN, low, k)
             old_code = codes_EKN[:, k]
             wanted = old_code + push / (hessian_EKK[:, k, k, None] * scale)
-            code = torch.round(wanted).clamp_(CODE_MIN, CODE_MAX)
+            code = grid.nearest(wanted)
             delta_EKN[:, k] = (code - old_code) * scale
             codes_EKN[:, k] = code
         # later groups must see the whole change of this group, scale step included
         delta_EKN[:, part] = codes * scale[:, None] - old_value
 
     def native_group(low: int, high: int) -> None:
-        native.refine_block(low, high, hessian_EKK, state_EKN, delta_EKN, codes_EKN, scale_EGN)
+        arrays = (hessian_EKK, state_EKN, delta_EKN, codes_EKN, scale_EGN)
+        native.refine_block(low, high, *arrays, halves=grid is MXFP4)
 
     _walk(state_EKN, hessian_EKK, delta_EKN, native_group if compiled else visit_group, group)
     return scale_EGN.transpose(1, 2).contiguous(), codes_EKN.to(torch.int8).transpose(1, 2).contiguous()

@@ -17,10 +17,10 @@ from torch.nn import functional
 from gptoss_quantize.calibration.moments import Moments, MomentSums, token_blocks
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.kernels import int4
 from gptoss_quantize.kernels.experts import gated, route, tokens_of
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize import awq
+from gptoss_quantize.quantize.formats import Format
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.solve import Solution, solve
 
@@ -67,27 +67,24 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def expert_tensors(expert: int, gate_up: Solution, down: Solution, at: int) -> dict[str, torch.Tensor]:
-    """Return the six stored tensors of an expert, item `at` of its solved batch, by their name inside the layer."""
-    tensors = {}
-    for name, part in (("w13", gate_up), ("w2", down)):
-        base = f"mlp.experts.{expert}.{name}_"
-        tensors[base + "weight_packed"] = int4.pack(part.codes[at]).cpu()
-        tensors[base + "weight_scale"] = part.scale[at].to(torch.bfloat16).cpu()
-        tensors[base + "bias"] = part.bias[at].to(torch.bfloat16).cpu()
-    return tensors
+def _store(
+    fmt: Format, tensors: dict[str, torch.Tensor], experts: int, expert: int, pair: tuple[Solution, Solution], at: int
+) -> None:
+    """Add an expert, item `at` of its solved batch, to the layer's stored tensors."""
+    for name, part in zip(("gate_up", "down"), pair, strict=True):
+        fmt.store(tensors, experts, expert, name, part.codes[at], part.scale[at], part.bias[at])
 
 
-def round_layer(source: Checkpoint, index: int, recipe: Recipe, group_size: int, clock: Clock) -> LayerResult:
+def round_layer(source: Checkpoint, index: int, recipe: Recipe, fmt: Format, clock: Clock) -> LayerResult:
     """Return a layer quantized by plain rounding, without activations."""
     result = LayerResult()
     for e in range(source.config.experts):
         with clock("read"):
             expert = source.expert(index, e)
         with clock("solve"):
-            gate_up = solve(expert.gate_up[None], expert.gate_up_bias[None], None, recipe, group_size)
-            down = solve(expert.down[None], expert.down_bias[None], None, recipe, group_size)
-            result.tensors |= expert_tensors(e, gate_up, down, 0)
+            gate_up = solve(expert.gate_up[None], expert.gate_up_bias[None], None, recipe, fmt.group_size, fmt.grid)
+            down = solve(expert.down[None], expert.down_bias[None], None, recipe, fmt.group_size, fmt.grid)
+            _store(fmt, result.tensors, source.config.experts, e, (gate_up, down), 0)
     return result
 
 
@@ -98,7 +95,7 @@ class _Job:
     config: ModelConfig
     routed: Routed
     recipe: Recipe
-    group_size: int
+    fmt: Format
     clock: Clock
     input_scale: torch.Tensor | None  # [D], of the gate_up fold
 
@@ -131,7 +128,7 @@ def calibrated_layer(
     dense: dict[str, torch.Tensor],
     routed: Routed,
     recipe: Recipe,
-    group_size: int,
+    fmt: Format,
     experts_at_once: int,
     clock: Clock,
 ) -> LayerResult:
@@ -140,7 +137,7 @@ def calibrated_layer(
     `dense` are the layer's tensors outside the experts.
     """
     config = source.config
-    job = _Job(config, routed, recipe, group_size, clock, None)
+    job = _Job(config, routed, recipe, fmt, clock, None)
     result = LayerResult()
     device = routed.x.device
     if recipe.awq:
@@ -151,7 +148,8 @@ def calibrated_layer(
                 _mean_magnitude(routed.x),
                 dense,
                 config,
-                group_size,
+                fmt.group_size,
+                recipe.awq_strength,
             )
         job.input_scale = fold.scale if fold.alpha else None
         result.report["awq"] = {"alpha": fold.alpha, "gain": fold.gain}
@@ -197,7 +195,7 @@ def _to(expert: Expert, where: torch.device | torch.dtype) -> Expert:
 
 def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: LayerResult) -> list[dict[str, Any]]:
     """Quantize a batch of experts; adds their tensors and original outputs to `result`, returns report entries."""
-    recipe, clock, size = job.recipe, job.clock, job.group_size
+    recipe, clock, size = job.recipe, job.clock, job.fmt.group_size
     entries: list[dict[str, Any]] = [{"expert": e} for e in chunk]
     experts, folds = list(originals), [None] * len(chunk)
     if recipe.awq and recipe.awq_down:
@@ -215,20 +213,22 @@ def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: Layer
     with clock("solve"):
         wide = [e.gate_up if job.input_scale is None else e.gate_up * job.input_scale for e in experts]
         biases = torch.stack([e.gate_up_bias for e in experts])
-        gate_up = solve(torch.stack(wide), biases, stats, recipe, size, job.routed.x.dtype)
+        gate_up = solve(torch.stack(wide), biases, stats, recipe, size, job.fmt.grid, job.routed.x.dtype)
     stats = [
         _down_moments(job, e, original, gate_up, at, folds[at])
         for at, (e, original) in enumerate(zip(chunk, originals, strict=True))
     ]
     with clock("solve"):
         biases = torch.stack([e.down_bias for e in experts])
-        down = solve(torch.stack([e.down for e in experts]), biases, stats, recipe, size, job.routed.x.dtype)
+        down = solve(
+            torch.stack([e.down for e in experts]), biases, stats, recipe, size, job.fmt.grid, job.routed.x.dtype
+        )
     with clock("report"):
         for at, entry in enumerate(entries):
             entry["output_error"] = _output_error(job, chunk[at], originals[at], gate_up, down, at)
             if retries := gate_up.retries[at] + down.retries[at]:
                 entry["extra_damping"] = retries
-            result.tensors |= expert_tensors(chunk[at], gate_up, down, at)
+            _store(job.fmt, result.tensors, job.config.experts, chunk[at], (gate_up, down), at)
     return entries
 
 
@@ -249,7 +249,9 @@ def _fold_down(
             if token.numel()
             else torch.ones(job.config.intermediate, dtype=torch.bool, device=up.device)
         )
-        folded, t, beta, gain = awq.search_down(job.sample(e), original, job.config, job.group_size, clamped)
+        folded, t, beta, gain = awq.search_down(
+            job.sample(e), original, job.config, job.fmt.group_size, clamped, job.recipe.awq_strength
+        )
         experts.append(folded)
         folds.append(t)
         entry["awq_down"] = {"beta": beta, "gain": gain, "clamped": int(clamped.sum())}

@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.shards import ShardFile
@@ -35,7 +35,8 @@ COPIED = (
     "LICENSE",
     "USAGE_POLICY",
 )
-INDEX_NAME = "gptoss-int4.safetensors.index.json"
+STEM = "gptoss-int4"
+POLISHED_NAME = "polished.safetensors"
 REPORT_NAME = "quantization_report.json"
 
 
@@ -95,7 +96,7 @@ def _sync_folder(path: Path) -> None:
 
 def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:
     """Return the state of a run that was finished but for its name: it was stopped after the state was deleted."""
-    same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes")}
+    same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes", "polish", "source_is_mxfp4")}
     return same | {
         "weight_map": index["weight_map"],
         "seconds": report["seconds_by_phase"],
@@ -146,8 +147,10 @@ class HiddenFile:
 class Output:
     """A checkpoint under construction at `OUT.partial`; `finish` turns it into OUT."""
 
-    def __init__(self, dest: Path, shards: int, settings: dict[str, Any], *, resume: bool, overwrite: bool):
-        self.dest, self.shards, self.settings = Path(os.path.abspath(dest)), shards, settings
+    def __init__(
+        self, dest: Path, shards: int, settings: dict[str, Any], *, stem: str = STEM, resume: bool, overwrite: bool
+    ):
+        self.dest, self.shards, self.settings, self.stem = Path(os.path.abspath(dest)), shards, settings, stem
         self.partial = self.dest.parent / (self.dest.name + ".partial")
         if resume and overwrite:
             raise InputError("--resume and --overwrite contradict each other; give one of them")
@@ -210,7 +213,7 @@ class Output:
             if path.exists():
                 state = json.loads(path.read_text(encoding="utf-8"))
             else:
-                index = json.loads((self.partial / INDEX_NAME).read_text(encoding="utf-8"))
+                index = json.loads((self.partial / self.index_name).read_text(encoding="utf-8"))
                 state = _state_of_report(json.loads(report.read_text(encoding="utf-8")), index)
         except (ValueError, OSError) as error:
             raise InputError(f"{path}: unreadable ({error}); start again with --overwrite") from None
@@ -228,31 +231,62 @@ class Output:
                 stored = set()
             whole = stored == {tensor for tensor, shard in state["weight_map"].items() if shard == name}
             # names first: they tell a foreign or truncated file without reading all of it
-            if not whole or checksum(self.partial / name) != state["crc32"][name]:
+            known = (state["crc32"][name], state.get("crc32_next", {}).get(name))
+            if not whole or checksum(self.partial / name) not in known:
                 raise InputError(f"{self.partial / name}: changed since it was written; start again with --overwrite")
         return state
 
+    @property
+    def index_name(self) -> str:
+        """Return the file name of the index."""
+        return f"{self.stem}.safetensors.index.json"
+
     def shard_name(self, number: int) -> str:
         """Return the file name of shard `number`, counted from 1."""
-        # not model-*.safetensors: stock transformers would load that with random experts and only warn
-        return f"gptoss-int4-{number:05d}-of-{self.shards:05d}.safetensors"
+        return f"{self.stem}-{number:05d}-of-{self.shards:05d}.safetensors"
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write one shard whole, or fail without a trace of it under its final name."""
         name = self.shard_name(number)
-        temporary = self.partial / (name + ".tmp")
+        crc = self.write_file(self.partial / name, tensors)
+        self.state["weight_map"] |= dict.fromkeys(tensors, name)
+        self.state["crc32"][name] = crc
+        self.state["bytes"] += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def change_shard(self, number: int, changes: dict[str, torch.Tensor]) -> None:
+        """Replace tensors of a finished shard by others of the same shape and dtype; the file is whole always."""
+        shard = self.shard_name(number)
+        tensors = load_file(self.partial / shard)
+        for name, tensor in changes.items():
+            if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+                raise ValueError(f"{name}: {tensor.shape}, {tensor.dtype} cannot replace {tensors[name].shape}")
+
+        def announce(crc: int) -> None:
+            # after a crash the file is the old or the new one, and the state knows both
+            self.state["crc32_next"] = {shard: crc}
+            self.save_state()
+
+        self.state["crc32"][shard] = self.write_file(self.partial / shard, tensors | changes, announce)
+
+    def write_file(
+        self, path: Path, tensors: dict[str, torch.Tensor], before: Callable[[int], None] = lambda _: None
+    ) -> int:
+        """Write a safetensors file whole, or fail without a trace of it under its final name; return its CRC.
+
+        `before` is called with the CRC just before the file gets its name.
+        """
+        temporary = path.with_name(path.name + ".tmp")
         try:
-            with _writing(self.partial / name):
+            with _writing(path):
                 save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
                 crc = checksum(temporary)
-                temporary.replace(self.partial / name)
+                before(crc)
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        self.state["weight_map"] |= dict.fromkeys(tensors, name)
-        self.state["crc32"][name] = crc
-        self.state["bytes"] += sum(t.numel() * t.element_size() for t in tensors.values())
+        return crc
 
     def hidden(self, which: int, shape: tuple[int, int, int]) -> HiddenFile:
         """Return one of the two hidden-state files (which is 0 or 1)."""
@@ -271,13 +305,13 @@ class Output:
                 with _writing(self.partial / name):
                     shutil.copyfile(source / name, self.partial / name)
         total = {"total_size": self.state["bytes"]}
-        write_json(self.partial / INDEX_NAME, {"metadata": total, "weight_map": self.state["weight_map"]})
+        write_json(self.partial / self.index_name, {"metadata": total, "weight_map": self.state["weight_map"]})
         write_json(self.partial / "config.json", config)
         write_json(self.partial / REPORT_NAME, report)
         with _writing(self.partial):
             _sync_folder(self.partial)
         # the state last; a run that is interrupted even later is resumed from the report
-        for leftover in ("hidden-0.bin", "hidden-1.bin", "state.json"):
+        for leftover in ("hidden-0.bin", "hidden-1.bin", POLISHED_NAME, "state.json"):
             (self.partial / leftover).unlink(missing_ok=True)
         replaced = self.dest.with_name(self.dest.name + ".replaced")
         if self.dest.exists():

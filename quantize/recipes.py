@@ -10,24 +10,27 @@ from typing import Any
 
 from gptoss_quantize.errors import InputError
 
-SCALES = ("absmax", "signed", "search")
+SCALES = ("absmax", "ceil", "signed", "search")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One way to choose codes, scales and biases of an expert."""
 
-    scale: str = "search"  # absmax: |w|max / 7.5; signed: full range -8..7; search: importance-weighted grid
+    scale: str = "search"  # a rule of quantize.scales for the output's format; search: weighted by importance
+    lattice: bool = True  # with search to int4: also scales that hit the lattice of weights that are MXFP4 values
     gptq: bool = True  # error feedback column by column (arXiv 2210.17323)
     act_order: bool = True  # columns by descending Hessian diagonal, groups static
     damping: float = 0.003  # share of the mean Hessian diagonal added to the diagonal
     damping_starved: float = 0.2  # the same, times columns / effective tokens of the expert
+    shrink: float = 0.0  # pull an expert's Hessian towards the layer's, more for fewer tokens; an ablation
     token_power: float = 1.0  # token weight = router probability ** token_power
     centre: bool = True  # centred covariance; the expert's bias absorbs the mean error
     sweeps: int = 1  # rounds of joint scale refit and coordinate descent after GPTQ
     asymmetric: float = 0.5  # how far the down_proj target corrects for its quantized input (0: not at all)
     native: bool = True  # column steps and scale search in C++ where it compiles; equal but for rounding
     awq: bool = False  # scales folded into norm, router and up->down before quantizing
+    awq_strength: float = 1.0  # exponent of the folds that suit plain rounding best
     awq_down: bool = True  # with awq: also the per-neuron up->down fold
 
     @property

@@ -19,9 +19,10 @@ from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int4, int8
+from gptoss_quantize.kernels import int8
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
 from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
+from gptoss_quantize.quantize.formats import Format, pick_format
 from gptoss_quantize.quantize.layer import (
     Clock,
     LayerResult,
@@ -31,7 +32,10 @@ from gptoss_quantize.quantize.layer import (
     round_layer,
 )
 from gptoss_quantize.quantize.output import HiddenFile, Output, alone
+from gptoss_quantize.quantize.polish import PolishSettings
+from gptoss_quantize.quantize.polish_output import polish_output
 from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.quantize.scales import on_mxfp4_grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +45,20 @@ class Job:
     dest: Path
     method: str
     recipe: Recipe
+    format: str = "int4"  # a key of quantize.formats.FORMATS
     group_size: int = 64
     device: str = "auto"  # auto: cuda where there is one
     dtype: torch.dtype | None = None  # of matrix products; None: what the device multiplies fastest
     dense: str = "source"  # or int8: attention, embedding and head in 8 bits
     memory: int | None = None  # bytes that the process may take; None: 60 % of what is free
+    polish: int = 0  # steps of end-to-end polish after the last layer
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def target(self) -> Format:
+        """Return the output format; InputError where it does not go with the recipe or the group size."""
+        return pick_format(self.format, self.group_size, self.recipe.scale, self.recipe.awq)
 
 
 def pick_device(device: str) -> str:
@@ -72,57 +83,40 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-def quantization_config(group_size: int) -> dict[str, Any]:
-    """Return the compressed-tensors description that vLLM reads (formats.md A2)."""
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": group_size,
-        "dynamic": False,
-    }
-    group = {
-        "targets": ["re:.*mlp\\.experts\\..*"],
-        "format": "pack-quantized",
-        "input_activations": None,
-        "output_activations": None,
-        "weights": weights,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
 def quantize_checkpoint(
     source: Checkpoint,
     job: Job,
     tokens: Tokens | None,
     on_layer: Callable[[int], None] = lambda index: None,
+    on_step: Callable[[int, float], None] = lambda step, kl: None,
 ) -> dict[str, Any]:
     """Quantize all experts of `source` into `job.dest`; return the report that is also written there.
 
     `tokens` are needed by every recipe that looks at activations. `on_layer` is called with the index of each
-    finished layer. InputError for input that is refused; nothing then stands under the final name.
+    finished layer, `on_step` with each step of the polish and its divergence. InputError for input that is refused;
+    nothing then stands under the final name.
     """
+    fmt = job.target
     _check(source, job, tokens)
     device = pick_device(job.device)
     job = replace(job, device=device, dtype=job.dtype or compute_dtype(device))
     settings = _settings(source, job, tokens)
-    output = Output(job.dest, source.config.layers + 1, settings, resume=job.resume, overwrite=job.overwrite)
+    shards, chosen = source.config.layers + 1, {"resume": job.resume, "overwrite": job.overwrite}
+    output = Output(job.dest, shards, settings, stem=fmt.stem, **chosen)
     with alone(output.partial):
-        return _run(source, job, tokens, output, on_layer)
+        return _run(source, job, tokens, output, on_layer, on_step)
 
 
 def _run(
-    source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, on_layer: Callable[[int], None]
+    source: Checkpoint,
+    job: Job,
+    tokens: Tokens | None,
+    output: Output,
+    on_layer: Callable[[int], None],
+    on_step: Callable[[int, float], None],
 ) -> dict[str, Any]:
     """Do what is left of a run; see `quantize_checkpoint`."""
-    config, started = source.config, time.time()
+    config, fmt, started = source.config, job.target, time.time()
     clock = Clock()
     clock.seconds = output.state["seconds"]
     shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
@@ -130,6 +124,8 @@ def _run(
     done = len(output.state["layers"])
     if not output.state["weight_map"]:
         _write_outer(source, job, output)
+        first = source.expert(0, 0)
+        output.state["source_is_mxfp4"] = on_mxfp4_grid(first.gate_up) and on_mxfp4_grid(first.down)
         if tokens is not None and shape is not None:
             _write_embedded(source, tokens, output.hidden(0, shape))
         output.save_state()
@@ -138,16 +134,20 @@ def _run(
     with torch.inference_mode():
         for i in range(done, config.layers):
             if tokens is None or shape is None:
-                result = round_layer(source, i, job.recipe, job.group_size, clock)
+                result = round_layer(source, i, job.recipe, fmt, clock)
             else:
                 result = _calibrate(source, i, job, output, shape, budget, clock)
             with clock("write"):
                 _write_layer(source, i, job, result, output)
             on_layer(i)
+    if job.polish and tokens is not None:
+        with clock("polish"):
+            settings = PolishSettings(steps=job.polish)
+            polish_output(source, output, tokens.ids, job.dtype or torch.float32, settings, on_step)
     report = _report(source, job, tokens, output, time.time() - started)
     raw = {k: v for k, v in config.raw.items() if k != "quantization_config"}
-    marker = {"version": __version__, "format": "int4", "method": job.method, "group_size": job.group_size}
-    described = quantization_config(job.group_size)
+    marker = {"version": __version__, "format": job.format, "method": job.method, "group_size": job.group_size}
+    described = fmt.config(job.group_size)
     if job.dense == "int8":
         # a name that runtimes do not know: vLLM would leave tensors that it does not find uninitialised
         marker, described = marker | {"dense": "int8"}, described | {"quant_method": "gptoss-quantize"}
@@ -160,6 +160,8 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
     config = source.config
     if source.expert_format == "int4":
         raise InputError(f"{source.path}: its experts are int4 already; start from the bf16 or MXFP4 original")
+    if source.expert_format == "mxfp4" == job.format and source.adapter is None:
+        raise InputError(f"{source.path}: its experts are MXFP4 already; use that file, nothing would change")
     for name, size in (("hidden_size", config.hidden), ("intermediate_size", config.intermediate)):
         if size % job.group_size:
             fits = [g for g in (32, 64) if config.hidden % g == 0 and config.intermediate % g == 0]
@@ -167,13 +169,7 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
                 f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
                 f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
             )
-    if job.dense not in ("source", "int8"):
-        raise InputError(f"--dense {job.dense}: expected source or int8")
-    if job.dense == "int8" and (odd := _columns_beside_groups(source)):
-        raise InputError(
-            f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense int8 "
-            "works in groups of that many, leave it out"
-        )
+    _check_options(source, job)
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
     if tokens is not None and int(tokens.ids.max()) >= config.vocab:
@@ -181,6 +177,22 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
             f"calibration text has token id {int(tokens.ids.max())}, the model's vocabulary ends at "
             f"{config.vocab - 1}; tokenizer and model do not belong together"
         )
+
+
+def _check_options(source: Checkpoint, job: Job) -> None:
+    """Raise InputError for options that do not go together, or not with this model."""
+    if job.dense not in ("source", "int8"):
+        raise InputError(f"--dense {job.dense}: expected source or int8")
+    if job.dense == "int8" and (odd := _columns_beside_groups(source)):
+        raise InputError(
+            f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense int8 "
+            "works in groups of that many, leave it out"
+        )
+    if job.polish and not job.recipe.calibrated:
+        raise InputError(f"--polish needs a method that looks at calibration text; {job.method} does not, use gptq")
+    if job.dense == "int8" and (job.polish or job.format != "int4"):
+        what = "--polish" if job.polish else f"--format {job.format}"
+        raise InputError(f"--dense int8 and {what} do not go together; leave one of them out")
 
 
 def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, Any]:
@@ -194,8 +206,10 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "adapter_files": {} if adapter is None else _identity(sorted(adapter.glob("adapter_*"))),
         "method": job.method,
         "recipe": asdict(job.recipe),
+        "format": job.format,
         "group_size": job.group_size,
         "dense": job.dense,
+        "polish": job.polish,
         "calibration": None if tokens is None else tokens.sha256,
         "memory": job.memory,
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -296,7 +310,7 @@ def _calibrate(
             after.write(batch, h.cpu())
             drop()
     release_memory()
-    result = calibrated_layer(source, index, dense, routed, job.recipe, job.group_size, budget.experts_at_once, clock)
+    result = calibrated_layer(source, index, dense, routed, job.recipe, job.target, budget.experts_at_once, clock)
     with clock("write"):
         for batch in batches(sequences, positions):
             part = slice(batch.start * positions, batch.stop * positions)
@@ -317,7 +331,9 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         "calibration": None
         if tokens is None
         else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
-        "expert_bits_per_weight": int4.bits_per_weight(config.hidden, job.group_size),
+        "expert_bits_per_weight": job.target.bits_per_weight(config.hidden),
+        "source_is_mxfp4": output.state["source_is_mxfp4"],
+        "mean_output_error": _mean([e["output_error"] for _, e in entries if e["output_error"] is not None]),
         "bytes": output.state["bytes"],
         "crc32": output.state["crc32"],
         "experts_without_tokens": [[i, e["expert"]] for i, e in entries if e["tokens"] == 0],
@@ -325,6 +341,7 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         "hessians_with_extra_damping": [
             [i, e["expert"], e["extra_damping"]] for i, e in entries if "extra_damping" in e
         ],
+        "polish": output.state.get("polish"),
         "layers": layers,
         "seconds": round(seconds, 1),
         "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
@@ -337,6 +354,10 @@ def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
     }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def peak_rss_mib() -> int | None:

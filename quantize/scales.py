@@ -1,22 +1,36 @@
-"""Group scales: the three ways to choose them, each rounded to its stored dtype before any code is chosen.
+"""Group scales: the ways to choose them, each rounded to its stored dtype before any code is chosen.
 
+int4
 absmax   |w|max / 7.5, what GPTQModel and compressed-tensors write; wastes half of code -8.
 signed   s = -w_absmax / 8 with the sign of the largest weight, so that it lands on code -8 (ggml Q4_0, AutoRound).
 search   for candidates s = +-|w|max * r / 8: round, refit s in closed form, keep the best under an importance
          per column (E6; the importance is the diagonal of the damped Hessian, as in ggml's imatrix).
 
+mxfp4, where a scale is a power of two and the codes are E2M1 in halves (`kernels.grids`)
+absmax   the OCP specification's floor rule: the largest weight lands in [4, 8) and saturates above 6.
+ceil     the smallest power of two that does not saturate (triton_kernels, ModelOpt).
+search   the best of the floor rule's power of two, its half and its double under the importance.
+
 Shapes: weights [..., N, K] (rows, columns), importance [..., K], scales [..., N, G] with G = K / group_size.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from gptoss_quantize.kernels import native
+from gptoss_quantize.kernels import grids, int4, mxfp4, native
 from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
 
 # ratios of the candidates to the full-range scale |w|max / 8; the second row is tried with the opposite sign,
 # where the largest weight can only reach code +7
 RATIOS = (0.76, 0.85, 0.92, 1.0, 1.05)
 RATIOS_OPPOSITE = (0.85, 1.0)
+
+# of the floor rule's power of two: halving it saturates the largest weights, and lets the others be finer
+POWER_FACTORS = (1.0, 2.0, 0.5)
+
+# int4 steps in half steps of the MXFP4 lattice
+LATTICE_STEPS = (1.0, 1.5, 2.0, 4 / 3, 12 / 7, 1.6)
 
 # rows handled at a time: the working set of a chunk stays in the second-level cache
 _CHUNK_ELEMENTS = 1 << 17
@@ -105,3 +119,65 @@ def _search_chunk(
         best_scale = torch.where(better, cross / power, best_scale)
         best_gain = torch.where(better, gain, best_gain)
     return best_scale
+
+
+def on_mxfp4_grid(weight_NK: torch.Tensor) -> bool:
+    """Return whether the weights are MXFP4 values, blocks of 32 along the columns: a release, or a copy of one."""
+    if weight_NK.shape[-1] % mxfp4.GROUP_SIZE:
+        return False
+    scale = floor_scale(weight_NK)
+    return torch.equal(int4.dequantize(grids.MXFP4.quantize(weight_NK, scale), scale, weight_NK.dtype), weight_NK)
+
+
+def lattice_candidates(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Return int4 scales [..., N, G, A] that hit the MXFP4 lattice of each group's coarsest 32-block.
+
+    In half steps h of the block, codes are 0, 1, 2, 3, 4, 6, 8, 12. Step h is exact up to 6 (and up to -8 with its
+    sign), 2h keeps all but 1 and 3, 1.5h keeps 3, 6 and -12, and so on. A grid of percents never hits these.
+    """
+    step = floor_scale(weight_NK).unflatten(-1, (-1, group_size // mxfp4.GROUP_SIZE)).amax(-1)
+    return torch.stack([step * sign * steps for steps in LATTICE_STEPS for sign in (1, -1)], dim=-1)
+
+
+def floor_scale(weight_NK: torch.Tensor, group_size: int = mxfp4.GROUP_SIZE) -> torch.Tensor:
+    """Return the half-unit MXFP4 scale of every group [..., N, G] by the specification's floor rule."""
+    _grouped(weight_NK, group_size)
+    scale = mxfp4.scales_to_float(mxfp4.shared_scales(weight_NK)).to(weight_NK.dtype) / 2
+    return scale.clamp(grids.POWER_MIN, grids.POWER_MAX)
+
+
+def ceil_scale(weight_NK: torch.Tensor, group_size: int = mxfp4.GROUP_SIZE) -> torch.Tensor:
+    """Return the smallest half-unit MXFP4 scale [..., N, G] under which no weight saturates."""
+    scale = floor_scale(weight_NK, group_size)
+    # the floor rule puts the largest weight into [8, 16) halves, and the largest code is 12
+    return torch.where(_grouped(weight_NK, group_size).abs().amax(-1) > 12 * scale, 2 * scale, scale)
+
+
+def searched_power_scale(
+    weight_NK: torch.Tensor, importance_K: torch.Tensor, group_size: int = mxfp4.GROUP_SIZE
+) -> torch.Tensor:
+    """Return the best half-unit MXFP4 scale per group [..., N, G] under sum_k importance_k (w_k - s q_k)^2."""
+    floor = floor_scale(weight_NK, group_size)
+    weight, importance = _grouped(weight_NK, group_size), _grouped(importance_K, group_size)[..., None, :, :]
+    best, best_error = floor, torch.full_like(floor, torch.inf)
+    for factor in POWER_FACTORS:
+        scale = grids.power_scale(floor * factor)
+        codes = grids.nearest_halves(weight / scale[..., None])
+        error = codes.mul_(scale[..., None]).sub_(weight).square_().mul_(importance).sum(-1)
+        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
+    return best
+
+
+# grid -> recipe's name of the rule -> (weights, importance or None, group size) -> scales
+RULES: dict[str, dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]]] = {
+    "int4": {
+        "absmax": lambda weight, _, group: absmax_scale(weight, group),
+        "signed": lambda weight, _, group: signed_scale(weight, group),
+        "search": searched_scale,
+    },
+    "mxfp4": {
+        "absmax": lambda weight, _, group: floor_scale(weight, group),
+        "ceil": lambda weight, _, group: ceil_scale(weight, group),
+        "search": searched_power_scale,
+    },
+}

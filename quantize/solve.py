@@ -11,9 +11,11 @@ import torch
 
 from gptoss_quantize.calibration.moments import Moments
 from gptoss_quantize.kernels import int4, native
+from gptoss_quantize.kernels.grids import INT4, Grid
 from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factorize, gptq, refine
 from gptoss_quantize.quantize.recipes import Recipe
-from gptoss_quantize.quantize.scales import absmax_scale, searched_scale, signed_scale
+from gptoss_quantize.quantize.scales import RULES, lattice_candidates, on_mxfp4_grid, searched_scale
+from gptoss_quantize.quantize.shrink import shrunk
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ def solve(
     stats: list[Moments] | None,
     recipe: Recipe,
     group_size: int,
+    grid: Grid = INT4,
     products: torch.dtype | None = None,
 ) -> Solution:
     """Return the quantized projection of E experts under a recipe; `stats` are None for plain rounding.
@@ -49,16 +52,18 @@ def solve(
     becomes b + W m - Q m^ (E3), which makes the mean output exact. `products`: the dtype of those matrix
     products that choose and correct, but are not the result (None: the weights').
     """
+    if stats is not None and recipe.shrink:
+        stats = shrunk(stats, recipe.shrink)
     experts, threads = weight_ENK.shape[0], torch.get_num_threads()
     if stats is None or weight_ENK.device.type != "cpu" or min(experts, threads) == 1:
-        return _solve_batch(weight_ENK, bias_EN, stats, recipe, group_size, products)
+        return _solve_batch(weight_ENK, bias_EN, stats, recipe, group_size, grid, products)
     share = -(-experts // threads)
     parts = [slice(start, start + share) for start in range(0, experts, share)]
 
     def work(part: slice) -> Solution:
         # inference mode is a property of the thread
         with torch.inference_mode():
-            return _solve_batch(weight_ENK[part], bias_EN[part], stats[part], recipe, group_size, products)
+            return _solve_batch(weight_ENK[part], bias_EN[part], stats[part], recipe, group_size, grid, products)
 
     torch.set_num_threads(1)
     try:
@@ -80,15 +85,16 @@ def _solve_batch(
     stats: list[Moments] | None,
     recipe: Recipe,
     group_size: int,
+    grid: Grid,
     products: torch.dtype | None = None,
 ) -> Solution:
     """Solve one batch in the calling thread; see `solve`."""
+    rule = RULES[grid.name][recipe.scale]
     if stats is None:
         if recipe.calibrated:
             raise ValueError("this recipe needs calibration moments")
-        rule = absmax_scale if recipe.scale == "absmax" else signed_scale
-        scale = rule(weight_ENK, group_size)
-        codes = int4.quantize(weight_ENK, scale)
+        scale = rule(weight_ENK, weight_ENK, group_size)
+        codes = grid.quantize(weight_ENK, scale)
         return Solution(codes, scale, round_bias(bias_EN), [0] * len(codes))
 
     compiled = recipe.native and weight_ENK.device.type == "cpu" and native.available()
@@ -103,16 +109,20 @@ def _solve_batch(
             drift = torch.stack(drifts)
             target = asymmetric_target(weight_ENK, drift, factored, recipe.asymmetric, products)
     importance = damped if damped.dim() == 2 else damped.diagonal(dim1=-2, dim2=-1)
-    scale = {
-        "absmax": lambda: absmax_scale(target, group_size),
-        "signed": lambda: signed_scale(target, group_size),
-        "search": lambda: searched_scale(target, importance.contiguous(), group_size, compiled=compiled),
-    }[recipe.scale]()
-    codes = int4.quantize(target, scale) if factored is None else gptq(target, factored, scale, compiled=compiled)
+    if recipe.scale == "search" and grid is INT4:
+        lattice = recipe.lattice and on_mxfp4_grid(weight_ENK)
+        extra = lattice_candidates(weight_ENK, group_size) if lattice else None
+        scale = searched_scale(target, importance.contiguous(), group_size, extra, compiled)
+    else:
+        scale = rule(target, importance, group_size)
+    if factored is None:
+        codes = grid.quantize(target, scale)
+    else:
+        codes = gptq(target, factored, scale, compiled=compiled, grid=grid)
     retries = [0] * len(target) if factored is None else factored.retries
     factored = None
     for _ in range(recipe.sweeps):
-        scale, codes = refine(target, damped, scale, codes, compiled, products)
+        scale, codes = refine(target, damped, scale, codes, compiled, products, grid)
 
     bias = bias_EN
     if recipe.centre:

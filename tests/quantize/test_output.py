@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize.output import COPIED, INDEX_NAME, REPORT_NAME, HiddenFile, Output, write_json
+from gptoss_quantize.quantize.output import COPIED, REPORT_NAME, STEM, HiddenFile, Output, write_json
 
 SETTINGS = {"source": "/nowhere/model", "adapter": None, "method": "rtn", "recipe": {"damping": 0.003}}
 
@@ -59,8 +59,13 @@ def test_from_begin_to_end(tmp_path, source):
     output.finish(source, {"model_type": "x"}, {"schema": 1})
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     shards = {"gptoss-int4-00001-of-00002.safetensors", "gptoss-int4-00002-of-00002.safetensors"}
-    assert {p.name for p in out.iterdir()} == shards | {INDEX_NAME, "config.json", REPORT_NAME, *COPIED}
-    index = json.loads((out / INDEX_NAME).read_text())
+    assert {p.name for p in out.iterdir()} == shards | {
+        f"{STEM}.safetensors.index.json",
+        "config.json",
+        REPORT_NAME,
+        *COPIED,
+    }
+    index = json.loads((out / f"{STEM}.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": min(shards), "b": max(shards), "c": max(shards)}
     assert index["metadata"]["total_size"] == 4 * 8 + 3 * 2 + 8 * 4
     assert torch.equal(load_file(out / max(shards))["c"], torch.ones(2, 4))

@@ -15,9 +15,10 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize import output
+from gptoss_quantize.quantize.formats import FORMATS
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import RECIPES, override
-from gptoss_quantize.quantize.run import Job, pick_device, quantization_config, quantize_checkpoint
+from gptoss_quantize.quantize.run import Job, pick_device, quantize_checkpoint
 
 METHODS = ["rtn", "gptq", "awq", "awq+gptq"]
 
@@ -90,7 +91,8 @@ def test_rtn_codes_are_the_nearest(tiny, undisturbed):
 
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_config_says_what_it_is(tiny, tmp_path, group_size):
-    quantize(tiny.path("mxfp4"), tmp_path / "out", group_size=group_size)
+    report = quantize(tiny.path("mxfp4"), tmp_path / "out", group_size=group_size)
+    assert report["source_is_mxfp4"]
     source = json.loads((tiny.path("mxfp4") / "config.json").read_text())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -98,7 +100,7 @@ def test_config_says_what_it_is(tiny, tmp_path, group_size):
     marker = config.pop("gptoss_quantize")
     assert config == source
     assert marker == {"version": __version__, "format": "int4", "method": "rtn", "group_size": group_size}
-    assert quantization == quantization_config(group_size)
+    assert quantization == FORMATS["int4"].config(group_size)
     assert quantization["quant_method"] == "compressed-tensors"
     assert quantization["config_groups"]["group_0"]["weights"]["group_size"] == group_size
     assert Checkpoint(tmp_path / "out").group_size == group_size
@@ -128,6 +130,9 @@ def test_report(tiny, undisturbed, method):
     assert settings["recipe"]["gptq"] == method.endswith("gptq")
     assert settings["source_files"].keys() == {p.name for p in tiny.path("bf16").glob("*.safetensors")}
     assert report["expert_bits_per_weight"] == 4.25
+    assert not report["source_is_mxfp4"]
+    errors = [e["output_error"] for layer in report["layers"] for e in layer.get("experts", [])]
+    assert report["mean_output_error"] == (pytest.approx(sum(errors) / 24) if errors else None)
     assert report["seconds"] > 0
     assert report["peak_rss_mib"] > 10
     assert report["machine"]["torch"] == torch.__version__

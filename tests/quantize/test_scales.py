@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import grids, int4, mxfp4
 from gptoss_quantize.quantize import scales
-from gptoss_quantize.quantize.scales import absmax_scale, searched_scale, signed_scale
+from gptoss_quantize.quantize.scales import RULES, absmax_scale, searched_scale, signed_scale
 
 
 def weights(*shape, seed=0):
@@ -77,3 +77,74 @@ def test_every_rule_gives_storable_scales_for_dead_groups():
 def test_group_size_must_divide():
     with pytest.raises(ValueError, match="not a multiple of group size"):
         absmax_scale(torch.zeros(2, 100), 64)
+
+
+def power_error(weight, scale, importance):
+    error = weight - int4.dequantize(grids.MXFP4.quantize(weight, scale), scale, torch.float64)
+    return (error.square() * importance[..., None, :]).unflatten(-1, (scale.shape[-1], -1)).sum(-1)
+
+
+def test_mxfp4_rules_are_those_of_the_field():
+    weight = weights(9, 96)
+    blocks, stored = mxfp4.encode(weight)
+    floor = scales.floor_scale(weight)
+    assert torch.equal(grids.scale_bytes(floor), stored)
+    codes = grids.MXFP4.quantize(weight, floor)
+    assert torch.equal(int4.dequantize(codes, floor), mxfp4.decode(blocks, stored))
+    # triton_kernels, "round up": the exponent of max / 6, rounded up
+    largest = weight.unflatten(-1, (-1, 32)).abs().amax(-1)
+    assert torch.equal(scales.ceil_scale(weight), torch.exp2(torch.ceil(torch.log2(largest / 6))) / 2)
+
+
+def test_mxfp4_search_is_the_best_of_all_powers_of_two():
+    weight, importance = weights(40, 320), torch.exp(weights(320, seed=1) * 60)
+    importance = importance[None].expand(1, -1)[0]
+    got = power_error(weight, scales.searched_power_scale(weight, importance), importance)
+    floor = scales.floor_scale(weight)
+    every = torch.stack([power_error(weight, floor * 2.0**k, importance) for k in range(-6, 7)])
+    assert float(got.sum()) < 1.01 * float(every.amin(0).sum())
+    assert float(got.sum()) < 0.95 * float(power_error(weight, floor, importance).sum())
+
+
+def test_mxfp4_search_finds_weights_that_are_on_the_grid():
+    codes = grids.nearest_halves(weights(20, 64) * 100)
+    step = torch.exp2(torch.randint(-9, -3, (20, 2), generator=torch.Generator().manual_seed(3)).double())
+    weight = codes * step.repeat_interleave(32, 1)
+    for rule in ("absmax", "ceil", "search"):
+        scale = RULES["mxfp4"][rule](weight, torch.ones(64, dtype=torch.float64), 32)
+        assert float(power_error(weight, scale, torch.ones(64)).sum()) == 0
+
+
+def on_lattice(*shape):
+    codes = grids.nearest_halves(weights(*shape, seed=5) * 90)
+    step = torch.exp2(
+        torch.randint(-9, -3, (*shape[:-1], shape[-1] // 32), generator=torch.Generator().manual_seed(6))
+    )
+    return codes * step.double().repeat_interleave(32, -1)
+
+
+def test_mxfp4_values_are_recognised():
+    weight = on_lattice(2, 7, 96)
+    assert scales.on_mxfp4_grid(weight)
+    assert scales.on_mxfp4_grid(weight.float())
+    assert scales.on_mxfp4_grid(torch.zeros(3, 64))
+    moved = weight.clone()
+    moved[1, 3, 50] *= 1.01
+    assert not scales.on_mxfp4_grid(moved)
+    assert not scales.on_mxfp4_grid(weights(4, 33))
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_lattice_candidates_hit_groups_that_ratios_miss(group):
+    weight, ones = on_lattice(400, 128), torch.ones(128, dtype=torch.float64)
+    found = {
+        "plain": searched_scale(weight, ones, group),
+        "lattice": searched_scale(weight, ones, group, scales.lattice_candidates(weight, group)),
+    }
+    error = {name: weighted_error(weight, scale, ones) for name, scale in found.items()}
+    power = weight.square().unflatten(-1, (-1, group)).sum(-1)
+    # the refit of the plain search finds most exact scales by itself
+    assert float((error["lattice"] / power).mean()) < float((error["plain"] / power).mean())
+    exact = {name: float((e == 0).double().mean()) for name, e in error.items()}
+    # with groups of 32, blocks whose largest magnitude is 4, with one sign only, have an exact scale
+    assert exact["lattice"] > exact["plain"] if group == 32 else exact["lattice"] >= exact["plain"]

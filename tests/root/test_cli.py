@@ -181,6 +181,19 @@ def test_resume_with_another_option(command, tiny, tmp_path):
 # ---- end to end
 
 
+def test_mxfp4_as_a_target(command, tiny, tmp_path):
+    code, _, err = command("quantize", tiny.path(), tmp_path / "out", "--method", "rtn", "--format", "mxfp4")
+    assert code == 0
+    assert "4.25 bits per weight" in err
+    assert "keep the release" not in err
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    code, _, err = command(
+        "quantize", tiny.path(), tmp_path / "no", "--method", "rtn", "--format", "mxfp4", "--group-size", "64"
+    )
+    assert code == 1
+    assert "groups of 32, not 64" in " ".join(err.split())
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_quantize_evaluate_generate(command, tiny, tmp_path, text, method):
     model, out, numbers = tiny.path("mxfp4"), tmp_path / "out", tmp_path / "numbers.json"
@@ -189,6 +202,7 @@ def test_quantize_evaluate_generate(command, tiny, tmp_path, text, method):
     assert (code, printed) == (0, "")
     assert "4.25 bits per weight" in err
     assert "layer" in err
+    assert "keep the release" in " ".join(err.split())
     report = json.loads((out / "quantization_report.json").read_text())
     assert report["settings"]["method"] == method
     if method == "gptq":

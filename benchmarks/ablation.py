@@ -1,0 +1,104 @@
+"""Every step of the recipe switched off by itself: what each is worth.
+
+Usage: ablation.py MODEL OUT.json [--layers 4,12,20,28] [--tokens 32768] [--eval-tokens 8192] [--only NAME ...]
+
+A few layers, spread over the model, are quantized with each variant and judged by the block error on held-out text
+(benchmarks/blocks.py). The table shows the geometric mean over layers relative to the whole recipe; above 1 means
+that the step earns its place. Rows that OUT.json already has for the same settings are kept, so an interrupted run
+goes on.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+from blocks import Block, block_error, collect, load_ids, quantized, target_of
+
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.quantize.recipes import RECIPES, override
+
+WHOLE = "the whole recipe (gptq)"
+# row -> (method, settings)
+ROWS: dict[str, tuple[str, list[str]]] = {
+    WHOLE: ("gptq", []),
+    "scales signed full range, no search": ("gptq", ["scale=signed"]),
+    "scales absmax / 7.5": ("gptq", ["scale=absmax"]),
+    "no error feedback (search + sweep)": ("gptq", ["gptq=false", "asymmetric=0"]),
+    "no act-order": ("gptq", ["act_order=false"]),
+    "no extra damping for starved experts": ("gptq", ["damping_starved=0"]),
+    "damping 0.01, none for starved experts": ("gptq", ["damping=0.01", "damping_starved=0"]),
+    "Hessians shrunk towards the layer's, 0.2": ("gptq", ["shrink=0.2"]),
+    "the same instead of damping for starved experts": ("gptq", ["shrink=0.2", "damping_starved=0"]),
+    "tokens not weighted": ("gptq", ["token_power=0"]),
+    "tokens weighted by p^2": ("gptq", ["token_power=2"]),
+    "not centred, no bias correction": ("gptq", ["centre=false"]),
+    "no sweep": ("gptq", ["sweeps=0"]),
+    "two sweeps": ("gptq", ["sweeps=2"]),
+    "no asymmetric target": ("gptq", ["asymmetric=0"]),
+    "asymmetric target 1.0": ("gptq", ["asymmetric=1"]),
+    "awq+gptq": ("awq+gptq", []),
+    "awq": ("awq", []),
+}
+
+
+def run_row(blocks: list[Block], source: Checkpoint, name: str, group_size: int) -> dict[str, object]:
+    """Return the block errors of one variant."""
+    method, settings = ROWS[name]
+    recipe = override(RECIPES[method], settings)
+    target, started = target_of("int4", group_size, recipe), time.perf_counter()
+    errors = [block_error(block, source, quantized(block, source, recipe, target), target) for block in blocks]
+    return {
+        "settings": [method, *settings],
+        "errors": errors,
+        "error": math.exp(sum(map(math.log, errors)) / len(errors)),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def table(rows: dict[str, dict[str, object]]) -> str:
+    """Return the rows as a Markdown table, relative to the whole recipe."""
+    whole = float(str(rows[WHOLE]["error"]))
+    lines = ["| variant | block error | relative |", "|---|---:|---:|"]
+    for name, row in rows.items():
+        error = float(str(row["error"]))
+        lines.append(f"| {name} | {error:.5f} | {error / whole:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Collect the layers once, run every row, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", default="4,12,20,28")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--eval-tokens", type=int, default=8192)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--only", action="append", choices=list(ROWS))
+    args = parser.parse_args()
+    source = Checkpoint(args.model)
+    layers = [int(part) for part in args.layers.split(",")]
+    settings = {
+        "model": str(args.model.resolve()),
+        "layers": layers,
+        "tokens": args.tokens,
+        "eval_tokens": args.eval_tokens,
+        "group_size": args.group_size,
+    }
+    record = {"settings": settings, "rows": {}}
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        record = before if before["settings"] == settings else record
+    blocks = collect(source, load_ids(args.model, args.tokens, args.eval_tokens), layers)
+    for name in args.only or ROWS:
+        if name not in record["rows"]:
+            record["rows"][name] = run_row(blocks, source, name, args.group_size)
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            print(name, record["rows"][name], flush=True)
+    print(table(record["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What the experiments share: layers of a model on real text, quantized and judged alone; and rewritten models.
+
+Every layer is calibrated on what the original model gives it, so layers do not depend on each other: a few of them,
+spread over the model, are enough to compare recipes. Judged is the *block error*: the squared error of the whole
+routed block's output, router included, over its squared norm, on tokens of documents that calibration has not seen.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
+from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.kernels import int4, mxfp4
+from gptoss_quantize.model import attend, batches, embed, mlp_input, moe, rope_tables, router
+from gptoss_quantize.quantize.formats import Format, pick_format
+from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer
+from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.quantize.run import compute_dtype
+
+
+@dataclass(slots=True)
+class Block:
+    """The residual stream before the experts of one layer, of calibration and of held-out tokens, and the tensors."""
+
+    index: int
+    dense: dict[str, torch.Tensor]
+    calibration: torch.Tensor  # [T, D] float32
+    heldout: torch.Tensor  # [T', D] float32
+    wanted: torch.Tensor  # [T', D] float32, what the block adds to the held-out tokens
+
+
+def load_ids(model: Path, tokens: int, eval_tokens: int, seq_len: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the packaged (calibration, held-out) token ids, each [N, S]."""
+    tokenizer = load_tokenizer(model)
+    held = TextSpec(source="heldout", tokens=eval_tokens, seq_len=seq_len, shuffle=False)
+    return load_tokens(TextSpec(tokens=tokens, seq_len=seq_len), tokenizer).ids, load_tokens(held, tokenizer).ids
+
+
+@torch.inference_mode()
+def collect(source: Checkpoint, ids: tuple[torch.Tensor, torch.Tensor], layers: list[int]) -> list[Block]:
+    """Return the wanted layers of the unquantized model on both sets of tokens."""
+    config, dtype, found = source.config, compute_dtype("cpu"), []
+    calibration, heldout = ids
+    h = embed(source, torch.cat((calibration, heldout)))
+    rope = rope_tables(config, h.shape[1])
+    for i in range(max(layers) + 1):
+        dense = source.layer(i)
+        for batch in batches(*h.shape[:2]):
+            h[batch] = attend(h[batch], dense, config, i, rope, dtype)
+        flat = h.flatten(0, 1)
+        split = calibration.numel()
+        before = flat.clone() if i in layers else None
+        x = mlp_input(flat, dense, config)
+        out = moe(x.to(dtype), *router(x, dense, config), source.experts(i, dtype), config)
+        if before is not None:
+            found.append(Block(i, dense, before[:split].clone(), before[split:].clone(), out[split:].clone()))
+        h += out.view_as(h)
+    return found
+
+
+def routed(block: Block, source: Checkpoint) -> Routed:
+    """Return what the experts see of the calibration tokens."""
+    x = mlp_input(block.calibration, block.dense, source.config)
+    return Routed(x.to(compute_dtype("cpu")), *router(x, block.dense, source.config), torch.zeros_like(x))
+
+
+@torch.inference_mode()
+def quantized(block: Block, source: Checkpoint, recipe: Recipe, target: Format) -> LayerResult:
+    """Return the layer quantized by a recipe."""
+    return calibrated_layer(
+        source, block.index, block.dense, routed(block, source), recipe, target, source.config.experts, Clock()
+    )
+
+
+def experts_of(result: LayerResult, target: Format, experts: int, dtype: torch.dtype) -> list[Expert]:
+    """Return a quantized layer's experts, dequantized."""
+    tensors, out = result.tensors, []
+    for e in range(experts):
+        if target.name == "mxfp4":
+            base = "mlp.experts."
+            weights = [
+                mxfp4.decode(tensors[f"{base}{name}_blocks"][e], tensors[f"{base}{name}_scales"][e], dtype)
+                for name in ("gate_up_proj", "down_proj")
+            ]
+            biases = [tensors[f"{base}{name}_bias"][e].to(dtype) for name in ("gate_up_proj", "down_proj")]
+        else:
+            base = f"mlp.experts.{e}."
+            weights = [
+                int4.dequantize(int4.unpack(tensors[f"{base}{w}_weight_packed"]), tensors[f"{base}{w}_weight_scale"])
+                for w in ("w13", "w2")
+            ]
+            weights = [weight.to(dtype) for weight in weights]
+            biases = [tensors[f"{base}{w}_bias"].to(dtype) for w in ("w13", "w2")]
+        out.append(Expert(weights[0], biases[0], weights[1], biases[1]))
+    return out
+
+
+@torch.inference_mode()
+def block_error(block: Block, source: Checkpoint, result: LayerResult, target: Format) -> float:
+    """Return |block output - original's|^2 / |original's|^2 on the held-out tokens."""
+    config = source.config
+    dense = block.dense | result.tensors
+    x = mlp_input(block.heldout, dense, config)
+    dtype = compute_dtype("cpu")
+    got = moe(x.to(dtype), *router(x, dense, config), experts_of(result, target, config.experts, dtype), config)
+    return float((got - block.wanted).square().sum() / block.wanted.square().sum())
+
+
+def target_of(name: str, group_size: int, recipe: Recipe) -> Format:
+    """Return the output format for a recipe."""
+    return pick_format(name, group_size, recipe.scale, recipe.awq)
+
+
+def rewrite(
+    source: Checkpoint,
+    dest: Path,
+    dense: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, tensor: tensor,
+    expert: Callable[[int, int, Expert], Expert] = lambda _, __, expert: expert,
+) -> None:
+    """Write a changed copy of a model with bfloat16 experts, layer by layer; names given to `dense` are full ones."""
+    dest.mkdir(parents=True)
+    config, weight_map = source.config, {}
+    outer = [n for n in source.shapes() if not n.startswith("model.layers.")]
+    for number in range(config.layers + 1):
+        if number == 0:
+            tensors = {name: dense(name, source.dense(name)) for name in outer}
+        else:
+            prefix = f"model.layers.{number - 1}."
+            tensors = {prefix + n: dense(prefix + n, t) for n, t in source.layer(number - 1).items()}
+            changed = [expert(number - 1, e, x) for e, x in enumerate(source.experts(number - 1))]
+            for name, parts in (
+                ("gate_up_proj", [e.gate_up.T for e in changed]),
+                ("gate_up_proj_bias", [e.gate_up_bias for e in changed]),
+                ("down_proj", [e.down.T for e in changed]),
+                ("down_proj_bias", [e.down_bias for e in changed]),
+            ):
+                tensors[f"{prefix}mlp.experts.{name}"] = torch.stack([p.bfloat16() for p in parts])
+        file = f"model-{number + 1:05d}-of-{config.layers + 1:05d}.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, dest / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (dest / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "gptoss_quantize")}
+    (dest / "config.json").write_text(json.dumps(raw, indent=1))
+    for path in source.path.iterdir():
+        if path.suffix in (".json", ".jinja") and "index" not in path.name and path.name != "config.json":
+            shutil.copyfile(path, dest / path.name)
+
+
+def with_fields(recipe: Recipe, **changes: object) -> Recipe:
+    """Return the recipe with fields changed."""
+    return replace(recipe, **changes)  # type: ignore[arg-type]

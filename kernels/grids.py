@@ -1,0 +1,74 @@
+"""The two grids that a weight can be rounded to, as integer codes times a scale.
+
+int4     codes -8..7, and any bfloat16 scale, negative too.
+mxfp4    E2M1 in halves: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, and a power of two, one for 32 weights.
+         With halves the codes are whole numbers, so that every algorithm handles `code * scale` and neither knows nor
+         cares that the gaps between codes are uneven. The stored E8M0 byte e stands for the scale 2^(e - 128).
+
+What an algorithm needs of a grid is in `Grid`; how its codes become bytes is in `kernels.int4` and `kernels.mxfp4`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gptoss_quantize.kernels import int4, mxfp4
+
+# from an E8M0 byte to the exponent of the scale of half-unit codes
+HALF_BIAS = mxfp4.SCALE_BIAS + 1
+# far below any weight that matters, and far enough above the smallest float32 that products of it do not vanish
+POWER_MIN, POWER_MAX = 2.0**-60, 2.0**60
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A set of whole-number codes and of scales that can be stored."""
+
+    name: str
+    nearest: Callable[[torch.Tensor], torch.Tensor]  # weight / scale to the nearest code; overwrites its argument
+    round_scale: Callable[[torch.Tensor], torch.Tensor]  # to a scale as stored; a new tensor
+
+    def quantize(self, weight_RC: torch.Tensor, scale_RG: torch.Tensor) -> torch.Tensor:
+        """Return the nearest int8 codes [..., R, C] for scales as stored."""
+        dtype = torch.promote_types(weight_RC.dtype, torch.float32)
+        grouped = weight_RC.to(dtype).unflatten(-1, (scale_RG.shape[-1], -1))
+        return self.nearest(grouped / scale_RG.to(dtype).unsqueeze(-1)).flatten(-2).to(torch.int8)
+
+
+def nearest_int4(value: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest of -8..7 in place, ties to even."""
+    return value.round_().clamp_(int4.CODE_MIN, int4.CODE_MAX)
+
+
+def nearest_halves(value: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest E2M1 value in halves in place, ties to even, as `mxfp4.nearest_codes`."""
+    value.clamp_(-12, 12)
+    magnitude = value.abs()
+    # the gap is 1 up to 4, 2 up to 8, 4 up to 12; a multiple of the gap is even where its mantissa is
+    gap = torch.ones_like(value).add_(magnitude >= 4).add_(magnitude >= 8, alpha=2)
+    return value.div_(gap).round_().mul_(gap)
+
+
+def power_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Return the power of two nearest to each scale (in ratio), from 2^-60, also for zero and below, to 2^60."""
+    return torch.exp2(torch.log2(scale.clamp(POWER_MIN, POWER_MAX)).round_())
+
+
+def halves_to_codes(halves: torch.Tensor) -> torch.Tensor:
+    """Return the four-bit E2M1 codes (uint8) of values in halves; zero is +0."""
+    table = torch.zeros(25, dtype=torch.uint8, device=halves.device)
+    for code, magnitude in enumerate(mxfp4.E2M1_MAGNITUDES):
+        table[12 + int(2 * magnitude)] = code
+        if magnitude:
+            table[12 - int(2 * magnitude)] = code | 8
+    return table[halves.int() + 12]
+
+
+def scale_bytes(scale: torch.Tensor) -> torch.Tensor:
+    """Return the E8M0 bytes (uint8) of half-unit scales that are powers of two."""
+    return (torch.frexp(scale).exponent - 1 + HALF_BIAS).to(torch.uint8)
+
+
+INT4 = Grid("int4", nearest_int4, int4.round_scale)
+MXFP4 = Grid("mxfp4", nearest_halves, power_scale)

@@ -1,0 +1,264 @@
+"""End-to-end polish (E11): codes frozen, KL(original || quantized) lowered by gradient steps on what is left free.
+
+Free are the group scales (int4 only: powers of two do not move), the experts' biases and the norm weights. Everything
+before this step looked at one layer; here the gradient says which errors of a layer the end result notices, and later
+layers make up for earlier ones. Methods of the kind are known as E2E-QP (EfficientQAT) and DWQ (mlx-lm).
+
+A value is used rounded as it will be stored, while a float32 master takes the steps (straight-through), so what is
+measured is what is written. Each step streams the model twice, layer by layer: forward, keeping the layers' inputs,
+and backward, computing each layer again with gradients. The last sequences of the calibration text are held out; the
+values with the lowest KL there are kept, and if that is no less than before, nothing is changed.
+
+Shapes: N sequences, S positions, D hidden, V vocabulary; R rows, C columns, G groups.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.kernels import int4, mxfp4
+from gptoss_quantize.kernels.experts import tokens_of
+from gptoss_quantize.model import attend, mlp_input, rms_norm, rope_tables, router
+
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+FINAL = "model.norm.weight"
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolishSettings:
+    """How the steps are taken."""
+
+    steps: int
+    rate: float = 1e-3  # of Adam, relative to a value's own size
+    sequences: int = 4  # per step
+    heldout_share: float = 0.125  # of the calibration sequences, for early stopping
+    check_every: int = 10
+    patience: int = 3  # checks without improvement before stopping
+
+
+@dataclass(slots=True)
+class Student:
+    """The quantized model: stored tensors of a layer on demand, and the outer tensors."""
+
+    config: ModelConfig
+    layer: Callable[[int], dict[str, torch.Tensor]]  # all stored tensors of a layer by their name inside it
+    final_norm: torch.Tensor  # [D]
+    embedding: torch.Tensor  # [V, D]
+    head: torch.Tensor  # [V, D]
+    dtype: torch.dtype  # of matrix products
+    free: list[dict[str, "Free"]] = field(default_factory=list)  # per layer, the last entry for the final norm
+
+
+@dataclass(slots=True)
+class Free:
+    """One stored tensor that may move: value = start + step * unit."""
+
+    start: torch.Tensor
+    unit: torch.Tensor
+    step: torch.Tensor  # float32, what Adam moves
+    rounding: Callable[[torch.Tensor], torch.Tensor]
+
+    def value(self) -> torch.Tensor:
+        """Return the value as stored, in float32; its gradient goes to `step` unchanged."""
+        wanted = self.start + self.step * self.unit
+        return wanted + (self.rounding(wanted) - wanted).detach()
+
+
+def _bfloat16(values: torch.Tensor) -> torch.Tensor:
+    return values.bfloat16().float()
+
+
+def free_values(tensors: dict[str, torch.Tensor]) -> dict[str, Free]:
+    """Return what may move in a layer, by stored name; a step of 1 is as large as the value usually is."""
+    found = {}
+    for name, stored in tensors.items():
+        start = stored.float()
+        if name.endswith("_weight_scale"):
+            unit, rounding = start, int4.round_scale
+        elif name in NORMS or name == FINAL:
+            unit, rounding = start, _bfloat16
+        elif "experts" in name and name.endswith("_bias"):
+            # pre-activations are of order one, and the experts' outputs a tenth of that
+            size = 1.0 if ("w13" in name or "gate_up" in name) else 0.1
+            unit, rounding = torch.tensor(size), _bfloat16
+        else:
+            continue
+        found[name] = Free(start, unit, torch.zeros_like(start, requires_grad=True), rounding)
+    return found
+
+
+class _Dequantize(torch.autograd.Function):
+    """codes * scale with a gradient for the scales alone."""
+
+    @staticmethod
+    def forward(ctx: Any, codes_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(codes_RC)
+        ctx.groups = scale_RG.shape[-1]
+        grouped = codes_RC.to(dtype).unflatten(-1, (ctx.groups, -1))
+        # the scales are bfloat16 values: one rounding, as in int4.dequantize
+        return grouped.mul_(scale_RG.to(dtype).unsqueeze(-1)).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        (codes_RC,) = ctx.saved_tensors
+        product = codes_RC.to(grads[0].dtype).mul_(grads[0])
+        return None, product.unflatten(-1, (ctx.groups, -1)).sum(-1, dtype=torch.float32), None
+
+
+def _experts(
+    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], experts: int, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield (gate_up [2F, D], its bias, down [D, F], its bias) of every expert, with gradients to the free values."""
+    for e in range(experts):
+        out = []
+        for short, long in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+            base = f"mlp.experts.{e}.{short}_"
+            if base + "weight_packed" in tensors:
+                codes = int4.unpack(tensors[base + "weight_packed"])
+                out += [_Dequantize.apply(codes, values[base + "weight_scale"], dtype), values[base + "bias"]]
+            else:
+                fused = f"mlp.experts.{long}_"
+                weight = mxfp4.decode(tensors[fused + "blocks"][e], tensors[fused + "scales"][e], dtype)
+                out += [weight, values[fused + "bias"][e]]
+        yield out[0], out[1].to(dtype), out[2], out[3].to(dtype)
+
+
+def run_layer(
+    student: Student,
+    index: int,
+    tensors: dict[str, torch.Tensor],
+    hidden_NSD: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Return the residual stream after layer `index`: `model.hidden_states` for one layer, with gradients."""
+    config, dtype = student.config, student.dtype
+    values = {name: free.value() for name, free in student.free[index].items()}
+    dense = tensors | {name: values[name] for name in NORMS}
+    h = attend(hidden_NSD, dense, config, index, rope, dtype)
+    flat = h.flatten(0, 1)
+    x = mlp_input(flat, dense, config)
+    index_TK, prob_TK = router(x, dense, config)
+    x = x.to(dtype)
+    out = torch.zeros_like(flat)
+    for e, (gate_up, gate_up_bias, down, down_bias) in enumerate(_experts(tensors, values, config.experts, dtype)):
+        token, slot = tokens_of(index_TK, e)
+        if not token.numel():
+            continue
+        weight = torch.cat((gate_up[0::2], gate_up[1::2]))
+        bias = torch.cat((gate_up_bias[0::2], gate_up_bias[1::2]))
+        gate, up = functional.linear(x[token], weight, bias).chunk(2, dim=-1)
+        gate = gate.clamp(max=config.swiglu_limit)
+        up = up.clamp(-config.swiglu_limit, config.swiglu_limit) + 1
+        y = functional.linear(up * gate * torch.sigmoid(config.swiglu_alpha * gate), down, down_bias)
+        out = out.index_add(0, token, y.float() * prob_TK[token, slot, None])
+    return h + out.view_as(h)
+
+
+def _head_loss(
+    student: Student, hidden_TD: torch.Tensor, teacher_TD: torch.Tensor, grad: bool
+) -> tuple[float, torch.Tensor]:
+    """Return (sum over tokens of KL(teacher || student), its gradient by the student's normed hidden states)."""
+    total, gradient = 0.0, torch.zeros_like(hidden_TD)
+    for part in torch.arange(hidden_TD.shape[0]).split(CHUNK_TOKENS):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        wanted, got = (
+            functional.linear(h[rows].to(student.dtype), student.head).float().log_softmax(-1)
+            for h in (teacher_TD, hidden_TD)
+        )
+        p = wanted.exp()
+        total += float((wanted.sub_(got) * p).sum())
+        if grad:
+            gradient[rows] = (got.exp_().sub_(p).to(student.dtype) @ student.head).float()
+    return total, gradient
+
+
+@torch.no_grad()
+def measure(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor) -> float:
+    """Return the mean KL(teacher || student) in nats; `teacher` are its normed final hidden states."""
+    h = functional.embedding(ids_NS, student.embedding).float()
+    rope = rope_tables(student.config, ids_NS.shape[1], str(h.device))
+    for i in range(student.config.layers):
+        h = run_layer(student, i, student.layer(i), h, rope)
+    final = rms_norm(h, student.free[-1][FINAL].value(), student.config.rms_eps).flatten(0, 1)
+    return _head_loss(student, final, teacher_NSD.flatten(0, 1), False)[0] / ids_NS.numel()
+
+
+def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor) -> float:
+    """Return the mean KL and leave its gradient in the `grad` of every free value's `step`."""
+    config, tokens = student.config, ids_NS.numel()
+    rope = rope_tables(config, ids_NS.shape[1], str(student.embedding.device))
+    inputs = []
+    with torch.no_grad():
+        h = functional.embedding(ids_NS, student.embedding).float()
+        for i in range(config.layers):
+            inputs.append(h)
+            h = run_layer(student, i, student.layer(i), h, rope)
+    with torch.enable_grad():
+        h.requires_grad_()
+        final = rms_norm(h, student.free[-1][FINAL].value(), config.rms_eps)
+        loss, slope = _head_loss(student, final.detach().flatten(0, 1), teacher_NSD.flatten(0, 1), True)
+        final.backward(slope.view_as(final) / tokens)
+        slope = h.grad
+        for i in reversed(range(config.layers)):
+            h = inputs.pop().requires_grad_()
+            run_layer(student, i, student.layer(i), h, rope).backward(slope)
+            slope = h.grad
+    return loss / tokens
+
+
+def polish(
+    student: Student,
+    ids_NS: torch.Tensor,
+    teacher_NSD: torch.Tensor,
+    settings: PolishSettings,
+    on_step: Callable[[int, float], None] = lambda step, kl: None,
+) -> dict[str, Any]:
+    """Move the student's free values for at most `steps` steps; leave the best on held-out text; return a report.
+
+    `free` is set up here when it is empty. `kept` is False in the report when nothing helped, and
+    all steps are zero then.
+    """
+    if not student.free:
+        student.free = [free_values(student.layer(i)) for i in range(student.config.layers)]
+        student.free.append(free_values({FINAL: student.final_norm}))
+    steps = [free.step for layer in student.free for free in layer.values()]
+    held = max(1, round(settings.heldout_share * len(ids_NS)))
+    train, heldout = slice(0, len(ids_NS) - held), slice(len(ids_NS) - held, None)
+    order = torch.randperm(len(ids_NS) - held, generator=torch.Generator().manual_seed(0))
+    before = best = measure(student, ids_NS[heldout], teacher_NSD[heldout])
+    kept, losses, checks, worse = [torch.zeros_like(s) for s in steps], [], [[0, before]], 0
+    adam = torch.optim.Adam(steps, lr=settings.rate, betas=(0.9, 0.99))
+    for step in range(settings.steps):
+        for group in adam.param_groups:
+            warm = min(1.0, (step + 1) / 5)
+            group["lr"] = settings.rate * warm * (1 - step / settings.steps)
+        at = torch.arange(step * settings.sequences, (step + 1) * settings.sequences) % len(order)
+        chosen = order[at]
+        losses.append(gradients(student, ids_NS[train][chosen], teacher_NSD[train][chosen]))
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        on_step(step + 1, losses[-1])
+        if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
+            now = measure(student, ids_NS[heldout], teacher_NSD[heldout])
+            checks.append([step + 1, now])
+            if now < best:
+                best, worse, kept = now, 0, [s.detach().clone() for s in steps]
+            elif (worse := worse + 1) >= settings.patience:
+                break
+    with torch.no_grad():
+        for parameter, value in zip(steps, kept, strict=True):
+            parameter.copy_(value)
+    return {
+        "steps": len(losses),
+        "heldout_tokens": ids_NS[heldout].numel(),
+        "kl_before": before,
+        "kl_after": best,
+        "kept": best < before,
+        "checks": checks,
+        "losses": [round(loss, 5) for loss in losses],
+    }

@@ -1,0 +1,182 @@
+"""Polish: the same function as the evaluator's, true gradients, and a run that can only help."""
+
+import json
+
+import pytest
+import torch
+
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.kernels import int4
+from gptoss_quantize.model import hidden_states
+from gptoss_quantize.quantize import polish as module
+from gptoss_quantize.quantize import polish_output as polish_output_module
+from gptoss_quantize.quantize.output import Output
+from gptoss_quantize.quantize.polish import FINAL, PolishSettings, Student, free_values, gradients, measure, polish
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+
+
+def student_of(path) -> Student:
+    """Return a student that reads a finished checkpoint."""
+    checkpoint = Checkpoint(path)
+    names = list(checkpoint._shard_of)
+
+    def layer(index):
+        prefix = f"model.layers.{index}."
+        return {n.removeprefix(prefix): checkpoint.read(n) for n in names if n.startswith(prefix)}
+
+    student = Student(
+        config=checkpoint.config,
+        layer=layer,
+        final_norm=checkpoint.dense(FINAL),
+        embedding=checkpoint.dense("model.embed_tokens.weight"),
+        head=checkpoint.head().float(),
+        dtype=torch.float32,
+    )
+    student.free = [free_values(layer(i)) for i in range(checkpoint.config.layers)]
+    student.free.append(free_values({FINAL: student.final_norm}))
+    return student
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny, tmp_path_factory):
+    """Return format -> directory of the tiny model, plainly rounded."""
+    root, made = tmp_path_factory.mktemp("rounded"), {}
+
+    def make(name):
+        if name not in made:
+            job = Job(
+                dest=root / name, method="rtn", recipe=RECIPES["rtn"], format=name, group_size=32, dtype=torch.float32
+            )
+            quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, None)
+            made[name] = root / name
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    """Return (ids, normed final hidden states of the original)."""
+    ids = tiny.ids(6, 24)
+    return ids, hidden_states(Checkpoint(tiny.path("bf16")), ids)
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+def test_the_student_is_the_checkpoint(rounded, teacher, name):
+    ids, wanted = teacher
+    checkpoint = Checkpoint(rounded(name))
+    got = hidden_states(checkpoint, ids)
+    head = checkpoint.head().float()
+    log_p, log_q = ((h @ head.T).log_softmax(-1) for h in (wanted, got))
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert kl > 0.05
+    assert measure(student_of(rounded(name)), ids, wanted) == pytest.approx(kl, rel=1e-4)
+
+
+def test_gradients_are_those_of_finite_differences(rounded, teacher, monkeypatch):
+    # without rounding the divergence is smooth; routing stays as it is for steps this small
+    monkeypatch.setattr(module.int4, "round_scale", lambda scale: scale)
+    monkeypatch.setattr(module, "_bfloat16", lambda value: value)
+    ids, wanted = teacher
+    student = student_of(rounded("int4"))
+    gradients(student, ids, wanted)
+    cases = ((0, "w13_weight_scale"), (1, "w2_weight_scale"), (2, "w2_bias"), (1, "w13_bias"), (0, "norm.weight"))
+    for index, end in (*cases, (3, FINAL)):
+        frees = [free for name, free in student.free[index].items() if name.endswith(end)]
+        assert frees
+        # along the gradient, which is the direction with the least change of everything else for its slope
+        norm = torch.stack([free.step.grad.norm() for free in frees]).norm()
+        values, size = [], 0.01
+        for sign in (1, -1):
+            with torch.no_grad():
+                for free in frees:
+                    free.step.copy_(sign * size * free.step.grad / norm)
+            values.append(measure(student, ids, wanted))
+        with torch.no_grad():
+            for free in frees:
+                free.step.zero_()
+        assert float(norm) == pytest.approx((values[0] - values[1]) / (2 * size), rel=0.03), (index, end)
+
+
+def test_polish_lowers_the_divergence_of_other_text_and_values_stay_storable(tiny, rounded):
+    ids = tiny.ids(48, 40, seed=5)
+    original = Checkpoint(tiny.path("bf16"))
+    wanted = hidden_states(original, ids)
+    student = student_of(rounded("int4"))
+    report = polish(student, ids, wanted, PolishSettings(steps=20, rate=3e-3, sequences=8))
+    # a random model on random tokens leaves little to learn: 6 and 3 percent were seen
+    assert report["kept"]
+    assert report["kl_after"] < 0.97 * report["kl_before"]
+    fresh = tiny.ids(12, 24, seed=77)
+    fresh_wanted = hidden_states(original, fresh)
+    assert measure(student, fresh, fresh_wanted) < 0.985 * measure(student_of(rounded("int4")), fresh, fresh_wanted)
+    for layer in student.free:
+        for name, free in layer.items():
+            value = free.value().detach()
+            assert torch.equal(value, value.bfloat16().float())
+            if name.endswith("scale"):
+                assert torch.equal(value, int4.round_scale(value))
+
+
+def test_nothing_changes_when_nothing_helps(rounded, teacher):
+    ids, wanted = teacher
+    student = student_of(rounded("int4"))
+    report = polish(student, ids, wanted, PolishSettings(steps=30, rate=3.0, check_every=2, patience=2))
+    assert not report["kept"]
+    assert report["kl_after"] == report["kl_before"]
+    assert report["steps"] == 4
+    assert all(not bool(free.step.any()) for layer in student.free for free in layer.values())
+
+
+def run(tiny, dest, **options):
+    defaults = {"method": "gptq", "recipe": RECIPES["gptq"], "device": "cpu", "dtype": torch.float32, "polish": 3}
+    return quantize_checkpoint(Checkpoint(tiny.path("bf16")), Job(dest=dest, **(defaults | options)), tiny.tokens())
+
+
+def test_a_polished_run_keeps_codes_and_changes_the_rest(tiny, tmp_path, monkeypatch):
+    def move(student, ids, wanted, settings, on_step):
+        # what matters here is where the values go; the teacher must be the original model
+        assert settings.steps == 3
+        torch.testing.assert_close(wanted, hidden_states(Checkpoint(tiny.path("bf16")), ids), rtol=1e-4, atol=1e-4)
+        return polish(student, ids, wanted, PolishSettings(steps=2, rate=1e-2, check_every=9))
+
+    # the measure at the end always improves, so the steps are kept
+    readings = iter((1.0, 0.5) * 2)
+    monkeypatch.setattr(module, "measure", lambda *_: next(readings))
+    monkeypatch.setattr(polish_output_module, "polish", move)
+    report = run(tiny, tmp_path / "polished")
+    run(tiny, tmp_path / "plain", polish=0)
+    assert (report["polish"]["kl_before"], report["polish"]["kl_after"]) == (1.0, 0.5)
+    assert json.loads((tmp_path / "polished" / "quantization_report.json").read_text())["polish"] == report["polish"]
+    before, after = tiny.load_all(tmp_path / "plain"), tiny.load_all(tmp_path / "polished")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert any(n.endswith("w13_weight_scale") for n in changed)
+    assert any(n.endswith("layernorm.weight") for n in changed)
+    allowed = ("_weight_scale", "_bias", "layernorm.weight", FINAL)
+    assert all(n.endswith(allowed) and "router" not in n and "self_attn" not in n for n in changed)
+
+    # killed while the shards are changed: the continuation ends with the same bytes
+    calls = []
+    change = Output.change_shard
+
+    def killed(self, number, changes):
+        calls.append(number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        change(self, number, changes)
+
+    monkeypatch.setattr(Output, "change_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    run(tiny, tmp_path / "resumed", resume=True)
+    resumed = tiny.load_all(tmp_path / "resumed")
+    assert all(torch.equal(resumed[n], after[n]) for n in after)
+
+
+def test_polish_needs_text(tiny, tmp_path):
+    with pytest.raises(InputError, match="--polish needs a method that looks at calibration text"):
+        run(tiny, tmp_path / "out", method="rtn", recipe=RECIPES["rtn"])
