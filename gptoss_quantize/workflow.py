@@ -40,6 +40,8 @@ from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
+from gptoss_quantize.runtimes.verify import Job as VerifyJob
+from gptoss_quantize.runtimes.verify import verify
 from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
 from gptoss_quantize.synthetic import build_synthetic_model
 
@@ -132,6 +134,39 @@ def compare_models(
     if settings.tasks is not None:
         export(dest / "tasks")
     return record
+
+
+def verify_checkpoint(
+    checkpoint: Path,
+    baseline: str | None,
+    runtimes: tuple[str, ...],
+    *,
+    shape: tuple[int, int, int],
+    text: str = "heldout",
+    progress: Callable[[str], Callable[[int, int], None]],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return the lines of `verify` for a checkpoint; `shape` is (sequences, tokens each, positions compared in each).
+
+    `options` are fields of `runtimes.verify.Job`: work, llama_server, exact.
+    """
+    sequences, seq_len, count = shape
+    opened = Checkpoint(checkpoint)
+    tokenizer = load_tokenizer(opened.path)
+    spec = TextSpec(source=text, tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
+    ids = load_tokens(spec, tokenizer).ids
+    # evenly spread, the last position included
+    positions = sorted({round((i + 1) * seq_len / count) - 1 for i in range(count)} - {-1})
+    job = VerifyJob(
+        checkpoint=opened,
+        baseline=None if baseline is None else open_checkpoint(baseline),
+        ids=ids,
+        positions=positions,
+        texts=[str(tokenizer.decode(row)) for row in ids],
+        progress=progress,
+        **options,
+    )
+    return [row.record() for row in verify(job, runtimes)]
 
 
 def make_demo_model(
