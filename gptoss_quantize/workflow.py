@@ -40,6 +40,7 @@ from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
+from gptoss_quantize.runtimes.readback import changed_outside_experts, summary
 from gptoss_quantize.runtimes.verify import Job as VerifyJob
 from gptoss_quantize.runtimes.verify import verify
 from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
@@ -63,12 +64,22 @@ def quantize_model(
     revision: str | None = None,
     bar: Progress,
 ) -> dict[str, Any]:
-    """Quantize a model into `job.dest` and return the report that is also written there."""
+    """Quantize a model into `job.dest` and return the report that is also written there.
+
+    What was written is opened once more, and everything outside the experts compared with the source.
+    """
     job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
     tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
     task = bar.add_task(f"{job.method} group {job.group_size}: layer", total=source.config.layers)
-    return quantize_checkpoint(source, job, tokens, lambda index: bar.update(task, completed=index + 1))
+    report = quantize_checkpoint(source, job, tokens, lambda index: bar.update(task, completed=index + 1))
+    changed = summary(changed_outside_experts(source, Checkpoint(job.dest), folded=job.recipe.awq))
+    if changed["different"]:
+        raise RuntimeError(
+            f"{job.dest}: {changed['different']} tensors outside the experts are not the source's, first "
+            f"{', '.join(changed['first'])}; a failing disk, or a bug of ours: please report it"
+        )
+    return report
 
 
 def evaluate_models(

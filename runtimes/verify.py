@@ -147,7 +147,8 @@ def in_llamacpp(job: Job) -> list[Row]:
     noise = plain = own = None
     if baseline is not None:
         own = predictions(baseline, job, rope=rope, on_layer=job.progress("baseline's reference: layer"))
-        noise, _ = _in_gguf(job, baseline, own, "q8_0", "stored", None)
+        dense_type = "q8_0" if checkpoint.dense_format == "int8" else "stored"
+        noise, _ = _in_gguf(job, baseline, own, "q8_0", dense_type, None)
         plain, plain_facts = _in_gguf(job, baseline, own, "stored", "stored", None)
     rows.append(Row("llama.cpp", facts["experts"], verdict(got, noise), got, noise, "noise: baseline as Q8_0"))
     if plain is not None:
