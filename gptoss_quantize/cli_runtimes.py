@@ -1,14 +1,19 @@
 """The commands that meet other runtimes: export, import, verify. `cli.py` adds them to the command line."""
 
+import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
+from rich.table import Table
 
+from gptoss_quantize.errors import InputError
 from gptoss_quantize.terminal import console, progress
 
 
@@ -94,4 +99,137 @@ def export(
         )
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"export": export}
+class Split(StrEnum):
+    """What another tool calls gate_proj."""
+
+    detect = "detect"
+    interleaved = "interleaved"
+    halves = "halves"
+
+
+class ImportTarget(StrEnum):
+    """What `import` can write."""
+
+    int4 = "int4"
+    bf16 = "bf16"
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="int4 gpt-oss of GPTQModel, llm-compressor, AutoRound, ...")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    to: Annotated[ImportTarget, typer.Option(help="int4: ours, no rounding. bf16: also holds asymmetric codes.")] = (
+        ImportTarget.int4
+    ),
+    split: Annotated[
+        Split, typer.Option(help="gate_proj is the even rows (interleaved) or the first half (halves).")
+    ] = Split.detect,
+    text: Annotated[str, typer.Option(help="heldout, a .txt/.jsonl/.parquet file, or hf:NAME.")] = "heldout",
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of text that settle the split.")] = 1024,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Rescue another tool's int4 checkpoint: find out which rows are the gate, and write it in our layout."""
+    from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
+    from gptoss_quantize.runtimes.imports import detect_split, import_checkpoint
+
+    with progress() as bar:
+        start = steps(bar)
+        if split is Split.detect:
+            spec = TextSpec(source=text, tokens=tokens, seq_len=128, shuffle=False)
+            ids = load_tokens(spec, load_tokenizer(source)).ids
+            decision = detect_split(source, ids, start("likelihood under both readings: layer"))
+        else:
+            decision = {"split": split.value, "because": "--split", "metadata": None, "nll": None}
+        report = import_checkpoint(
+            source, out, decision, to=to.value, overwrite=overwrite, on_shard=start("write: shard")
+        )
+    print_import(out, report)
+
+
+def print_import(out: Path, report: dict[str, Any]) -> None:
+    """Print how a file was read and what our layout made of it."""
+    reading = report["reading"]
+    console.print(f"gate_proj read as [bold]{reading['split']}[/bold] ({reading['because']})")
+    if reading["nll"]:
+        numbers = ", ".join(f"{split} {value:.3f}" for split, value in reading["nll"].items())
+        console.print(f"nats per token of real text: {numbers}; metadata: {reading['metadata_source']}")
+        if reading["metadata"] not in (None, reading["split"]):
+            console.print(f"[yellow]the metadata suggests {reading['metadata']}[/yellow]; the text decided")
+    console.print(f"[bold]{escape(str(out))}[/bold]: {report['bytes'] / 2**20:.0f} MiB")
+    if inexact := report.get("scales_inexact_in_bfloat16"):
+        console.print(
+            f"{inexact} of {report['scales']} scales need float16 and are kept so; vLLM casts scales to the model's "
+            "dtype, so run it with --dtype float16"
+        )
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint to judge: int4, MXFP4 or float.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The unquantized model, which shows each runtime's own noise.")
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="Comma-separated: transformers, llama.cpp, vllm.")] = (
+        "transformers,llama.cpp,vllm"
+    ),
+    text: Annotated[str, typer.Option(help="heldout, a .txt/.jsonl/.parquet file, or hf:NAME.")] = "heldout",
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 4,
+    seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")] = 256,
+    positions: Annotated[int, typer.Option(min=1, help="Positions compared in each sequence.")] = 16,
+    llama_server: Annotated[Path | None, typer.Option(help="A llama-server binary, instead of xllamacpp.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare llama.cpp on F32 files too: nothing rounded, 4 bytes a weight.")
+    ] = False,
+    work: Annotated[Path | None, typer.Option(help="Directory for temporary exports, deleted at the end.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
+) -> None:
+    """Load CHECKPOINT in each runtime installed here and compare predictions; exit code 1 when one disagrees."""
+    from gptoss_quantize.runtimes.verify import RUNTIMES
+    from gptoss_quantize.workflow import verify_checkpoint
+
+    names = tuple(name.strip() for name in runtime.split(","))
+    if unknown := sorted(set(names) - set(RUNTIMES)):
+        raise typer.BadParameter(f"unknown {unknown}; known: {', '.join(RUNTIMES)}", param_hint="--runtime")
+    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
+        raise InputError(f"--json {json_out}: expected a file in an existing directory; make the directory first")
+    with progress() as bar:
+        rows = verify_checkpoint(
+            checkpoint,
+            baseline,
+            names,
+            shape=(sequences, seq_len, positions),
+            text=text,
+            llama_server=llama_server,
+            exact=exact,
+            work=work,
+            progress=steps(bar),
+        )
+    if json_out:
+        json_out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    Console().print(verify_table(checkpoint, baseline, rows))
+    if any(row["verdict"] == "DISAGREES" for row in rows):
+        raise typer.Exit(1)
+
+
+def verify_table(checkpoint: Path, baseline: str | None, rows: list[dict[str, Any]]) -> Table:
+    """Return the table of `verify`."""
+    title = escape(f"{checkpoint} against our float32 reference; noise from {baseline or 'no baseline'}")
+    table = Table(title=title, box=SIMPLE)
+    numbers = ("max diff", "mean diff", "KL", "noise KL", "top-1")
+    for name in ("runtime", "what", *numbers, "verdict", "note"):
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name == "verdict")
+    for row in rows:
+        got, noise = row["got"], row["noise"]
+        cells = ("",) * 5
+        if got:
+            own = "" if noise is None else f"{noise['kl']:.2e}"
+            cells = (
+                f"{got['max_difference']:.2e}",
+                f"{got['mean_difference']:.2e}",
+                f"{got['kl']:.2e}",
+                own,
+                f"{100 * got['top1']:.1f} %",
+            )
+        table.add_row(row["runtime"], row["what"], *cells, row["verdict"], escape(row["note"]))
+    return table
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "import": import_, "verify": verify}

@@ -36,10 +36,15 @@ from gptoss_quantize.hub import resolve
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.loading import load
 from gptoss_quantize.plan import PlanRequest, disk, fits, serve_command, shard_tensors, sparsity
+from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
+from gptoss_quantize.quantize.polish import FINAL, NORMS
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
+from gptoss_quantize.runtimes.readback import changed_outside_experts, summary
+from gptoss_quantize.runtimes.verify import Job as VerifyJob
+from gptoss_quantize.runtimes.verify import verify
 from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
 from gptoss_quantize.synthetic import build_synthetic_model
 
@@ -61,19 +66,30 @@ def quantize_model(
     revision: str | None = None,
     bar: Progress,
 ) -> dict[str, Any]:
-    """Quantize a model into `job.dest` and return the report that is also written there."""
+    """Quantize a model into `job.dest` and return the report that is also written there.
+
+    What was written is opened once more, and everything outside the experts compared with the source.
+    """
     job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
     tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
     task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
     polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
-    return quantize_checkpoint(
+    report = quantize_checkpoint(
         source,
         job,
         tokens,
         lambda index: bar.update(task, completed=index + 1),
         lambda step, kl: bar.update(polish, completed=step, description=f"polish, KL {kl:.4f}: step"),
     )
+    may_change = (FOLDED if job.recipe.awq else ()) + ((*NORMS, FINAL) if job.polish else ())
+    changed = summary(changed_outside_experts(source, Checkpoint(job.dest), may_change))
+    if changed["different"]:
+        raise RuntimeError(
+            f"{job.dest}: {changed['different']} tensors outside the experts are not the source's, first "
+            f"{', '.join(changed['first'])}; a failing disk, or a bug of ours: please report it"
+        )
+    return report
 
 
 def evaluate_models(
@@ -139,6 +155,39 @@ def compare_models(
     if settings.tasks is not None:
         export(dest / "tasks")
     return record
+
+
+def verify_checkpoint(
+    checkpoint: Path,
+    baseline: str | None,
+    runtimes: tuple[str, ...],
+    *,
+    shape: tuple[int, int, int],
+    text: str = "heldout",
+    progress: Callable[[str], Callable[[int, int], None]],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return the lines of `verify` for a checkpoint; `shape` is (sequences, tokens each, positions compared in each).
+
+    `options` are fields of `runtimes.verify.Job`: work, llama_server, exact.
+    """
+    sequences, seq_len, count = shape
+    opened = Checkpoint(checkpoint)
+    tokenizer = load_tokenizer(opened.path)
+    spec = TextSpec(source=text, tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
+    ids = load_tokens(spec, tokenizer).ids
+    # evenly spread, the last position included
+    positions = sorted({round((i + 1) * seq_len / count) - 1 for i in range(count)} - {-1})
+    job = VerifyJob(
+        checkpoint=opened,
+        baseline=None if baseline is None else open_checkpoint(baseline),
+        ids=ids,
+        positions=positions,
+        texts=[str(tokenizer.decode(row)) for row in ids],
+        progress=progress,
+        **options,
+    )
+    return [row.record() for row in verify(job, runtimes)]
 
 
 def make_demo_model(

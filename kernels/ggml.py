@@ -3,6 +3,7 @@
 Both types hold 32 neighbours along the input dimension in one block, and pair element j (low nibble of byte j) with
 element j + 16 (high nibble). OpenAI's files pair 2j with 2j + 1 instead.
 
+    Q8_0     34 bytes: the scale as float16, then 32 int8 codes; value = code * scale
     Q4_0     18 bytes: the scale as little-endian float16, then 16 bytes of codes; value = (nibble - 8) * scale
     MXFP4    17 bytes: the E8M0 byte, then 16 bytes of E2M1 codes
 
@@ -57,6 +58,12 @@ def q4_0(codes_RC: Tensor, scale_RG: Tensor) -> Tensor:
     head = repeated.unsqueeze(-1).contiguous().view(torch.uint8)
     nibbles = (codes_RC.to(torch.int16) + 8).to(torch.uint8)
     return _with_head(head, pair_nibbles(nibbles))
+
+
+def q8_0(codes_RC: Tensor, scale_RG: Tensor) -> Tensor:
+    """Return the Q8_0 bytes [..., R, C/32*34] of int8 codes and float16 scales (`kernels.int8`)."""
+    head = scale_RG.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)
+    return torch.cat((head, codes_RC.unflatten(-1, (-1, BLOCK)).view(torch.uint8)), dim=-1).flatten(-2)
 
 
 def mxfp4(blocks_RGB: Tensor, scales_RG: Tensor) -> Tensor:

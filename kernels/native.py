@@ -177,7 +177,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _over_rows(rows: int, call: Callable[[int, int], None]) -> None:
-    """Run call(first row, rows) on as many threads as torch uses, each with its share of the rows."""
+    """Run call(first row, rows) on as many threads as torch uses, each with its share of the rows; not for none."""
+    if not rows:
+        return
     threads = min(torch.get_num_threads(), rows // 64)
     if threads <= 1:
         call(0, rows)

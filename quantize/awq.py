@@ -27,6 +27,8 @@ from gptoss_quantize.quantize.scales import signed_scale
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 BETAS = (0.0, 0.2, 0.35, 0.5, 0.7)
 MAX_FOLD = 16.0
+# the tensors outside the experts that the gate_up fold changes
+FOLDED = ("post_attention_layernorm.weight", "mlp.router.weight")
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int8
+from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
 from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
 from gptoss_quantize.quantize.formats import Format, pick_format
@@ -206,6 +206,8 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "adapter_files": {} if adapter is None else _identity(sorted(adapter.glob("adapter_*"))),
         "method": job.method,
         "recipe": asdict(job.recipe),
+        # equal but for rounding, which a continued run must not mix
+        "native_kernels": native.problem() or "yes",
         "format": job.format,
         "group_size": job.group_size,
         "dense": job.dense,

@@ -4,6 +4,7 @@ Written directly, since llama.cpp's converter would dequantize our experts and i
 
     int4     -> Q4_0, the same codes; a scale for 64 weights stands in both of its blocks
     MXFP4    -> ggml's MXFP4, bit for bit
+    int8     -> Q8_0, the same codes (attention, embedding and head of `--dense int8`)
     float    -> BF16, F16 or F32 as stored, or Q8_0 (`expert_type`), the baselines of `verify`
 
 Experts are stacked [E, rows, columns], gate and up rows taken apart (even, odd). Attention, embedding and head are
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Q8_MATRICES, Checkpoint, dense_shapes
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import ggml, int4
@@ -95,16 +96,23 @@ def check_supported(config: ModelConfig, where: Path) -> None:
         )
 
 
+def is_int8(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a matrix outside the experts is stored as `--dense int8` does."""
+    return checkpoint.dense_format == "int8" and name.endswith(Q8_MATRICES)
+
+
 def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
     """Yield the tensors outside the experts."""
     config = checkpoint.config
 
     def read(name: str, kind: Ggml) -> list[torch.Tensor]:
+        if kind is Ggml.Q8_0 and is_int8(checkpoint, name):
+            return [ggml.q8_0(checkpoint.read(name + "_q8"), checkpoint.read(name + "_q8_scale"))]
         return [encode(checkpoint.dense(name), kind)]
 
     for name, shape in dense_shapes(config).items():
-        wanted = TYPES[dense_type]
-        kind = wanted if wanted is not None else STORED[checkpoint.info(name).dtype]
+        stored = Ggml.Q8_0 if is_int8(checkpoint, name) else STORED[checkpoint.info(name).dtype]
+        kind = stored if TYPES[dense_type] is None else TYPES[dense_type]
         if len(shape) == 1 or ".router." in name:
             kind = Ggml.F32
         yield Planned(gguf_name(name), shape, kind, partial(read, name, kind))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Q8_MATRICES, Checkpoint, dense_shapes, expert_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.quantize.output import write_json
 from gptoss_quantize.runtimes.staging import Planned, Progress, copy_side_files, no_progress, write_shards
@@ -42,7 +42,10 @@ def dense_shards(checkpoint: Checkpoint) -> tuple[list[Planned], list[list[Plann
     outer: list[Planned] = []
     layers: list[list[Planned]] = [[] for _ in range(checkpoint.config.layers)]
     for name, shape in dense_shapes(checkpoint.config).items():
-        entry = Planned(name, shape, checkpoint.info(name).dtype, partial(_copied, checkpoint, name))
+        # float32 holds int8 code times scale exactly
+        int8 = checkpoint.dense_format == "int8" and name.endswith(Q8_MATRICES)
+        kind = torch.float32 if int8 else checkpoint.info(name).dtype
+        entry = Planned(name, shape, kind, partial(_copied, checkpoint, name))
         place = layers[int(name.split(".")[2])] if name.startswith("model.layers.") else outer
         place.append(entry)
     return outer, layers

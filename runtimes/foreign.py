@@ -128,7 +128,7 @@ class Foreign(Checkpoint):
         if bits != 4:
             raise InputError(f"{path / 'config.json'}: {bits} bits; only int4 is known here")
         self.layout, self.version = layout_of(self.quantization, self._shard_of.__contains__, path)
-        self.expert_format, self.group_size = "foreign", 0
+        self.expert_format, self.dense_format, self.group_size = "foreign", "float", 0
         for name, shape in dense_shapes(self.config).items():
             if name not in self._shard_of:
                 raise InputError(f"{path}: tensor {name} is missing; the file is not of a whole gpt-oss model")

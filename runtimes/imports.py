@@ -24,8 +24,8 @@ from gptoss_quantize.checkpoint import Checkpoint, expert_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import ggml
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.formats import FORMATS
 from gptoss_quantize.quantize.output import write_json
-from gptoss_quantize.quantize.run import quantization_config
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
 from gptoss_quantize.runtimes.foreign import SPLITS, Foreign
@@ -148,7 +148,7 @@ def _write_int4(source: Foreign, folder: Path, on_shard: Progress) -> dict[str, 
                 entries.append(Planned(name, shapes[name], like.dtype, partial(tensor, layer, expert, suffix)))
     total = write_shards(folder, [outer, *layers], "gptoss-int4", on_shard)
     marker = {"version": __version__, "format": "int4", "method": "imported", "group_size": group_size}
-    settings = {"quantization_config": quantization_config(group_size), "gptoss_quantize": marker}
+    settings = {"quantization_config": FORMATS["int4"].config(group_size), "gptoss_quantize": marker}
     write_json(folder / "config.json", plain_config(source, torch.bfloat16) | settings)
     copy_side_files(source.path, folder)
     return {"bytes": total, "group_size": group_size, **counts}

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Ggml
 
 from gptoss_quantize.checkpoint import Checkpoint, Expert, dense_shapes
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.runtimes.export_gguf import gguf_name
+from gptoss_quantize.runtimes.export_gguf import gguf_name, is_int8
 from gptoss_quantize.runtimes.staging import Progress, no_progress
 
 
@@ -75,8 +75,8 @@ def gguf_differences(checkpoint: Checkpoint, path: Path, on_layer: Progress = no
     for name in dense_shapes(config):
         for written in (gguf_name(name), *(["output.weight"] if config.tied and "embed" in name else [])):
             got, exact = file.read(written), checkpoint.dense(name)
-            eight_bit = file.tensors[written].tensor_type is Ggml.Q8_0
-            if not (_q8_0_close(exact, got) if eight_bit else same(got, exact)):
+            rounded = file.tensors[written].tensor_type is Ggml.Q8_0 and not is_int8(checkpoint, name)
+            if not (_q8_0_close(exact, got) if rounded else same(got, exact)):
                 yield written
     eight_bit = file.tensors["blk.0.ffn_up_exps.weight"].tensor_type is Ggml.Q8_0
     for layer in range(config.layers):
@@ -112,6 +112,20 @@ def stored_differences(checkpoint: Checkpoint, other: Checkpoint, on_layer: Prog
         if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             yield name
         on_layer(done, len(names))
+
+
+def changed_outside_experts(source: Checkpoint, written: Checkpoint, may_change: tuple[str, ...]) -> Iterator[str]:
+    """Yield the tensors outside the experts that quantization changed though it should not have.
+
+    Names that end with one of `may_change` may differ (AWQ and polish change some); int8 matrices always do.
+    """
+    for name in dense_shapes(source.config):
+        if (
+            not name.endswith(may_change)
+            and not is_int8(written, name)
+            and not same(source.dense(name), written.dense(name))
+        ):
+            yield name
 
 
 def summary(differences: Iterator[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType as Ggml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_quantize.kernels import ggml, int4, mxfp4
+from gptoss_quantize.kernels import ggml, int4, int8, mxfp4
 
 PROPERTY = settings(max_examples=40, deadline=None)
 
@@ -62,6 +62,14 @@ def test_mxfp4_is_read_by_gguf_as_openais_blocks_and_by_us_as_it_was(matrix):
     assert torch.equal(library(data, Ggml.MXFP4), mxfp4.decode(blocks, scales))
     back = ggml.read_mxfp4(data)
     assert torch.equal(back[0], blocks) and torch.equal(back[1], scales)
+
+
+def test_q8_0_is_the_int8_of_dense_matrices():
+    weight = torch.randn(6, 96)
+    codes, scale = int8.quantize(weight)
+    data = ggml.q8_0(codes, scale)
+    assert data.shape == (6, 3 * 34)
+    assert torch.equal(library(data, Ggml.Q8_0), int8.dequantize(codes, scale))
 
 
 def test_q4_0_bytes_written_out_by_hand():

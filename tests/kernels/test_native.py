@@ -52,6 +52,13 @@ def test_swiglu_is_rounded_once(tokens, dtype, error):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_of_no_tokens_is_empty(dtype):
+    # an expert that no token was routed to
+    assert native.swiglu(torch.empty(0, 64, dtype=dtype), 7.0, 1.702).shape == (0, 32)
+
+
+@needs_compiler
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("centre", [True, False])
 def test_moments_with_and_without_compiled_passes(paired, centre):

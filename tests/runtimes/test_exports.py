@@ -2,18 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Ggml
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from gptoss_quantize import workflow
+from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import Job, quantize_checkpoint
 from gptoss_quantize.runtimes import readback, staging
 from gptoss_quantize.runtimes.export_gguf import yarn_attention_factor
 from gptoss_quantize.runtimes.exports import GGUF_NAME, WRITERS, export_checkpoint
@@ -320,3 +326,34 @@ def test_all_dense_tensors_have_a_gguf_name_of_their_own(tiny):
 
     names = [gguf_name(name) for name in dense_shapes(Checkpoint(tiny.path("bf16")).config)]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("to", ["gguf", "bf16", "autoawq"])
+def test_dense_matrices_in_int8_are_exported_with_their_codes(tiny, tmp_path, to):
+    job = Job(dest=tmp_path / "int8", method="rtn-signed", recipe=RECIPES["rtn-signed"], group_size=64, dense="int8")
+    quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, None)
+    report = export(tmp_path / "int8", tmp_path / "out", to)
+    assert report["read_back"]["different"] == 0
+    if to == "gguf":
+        tensors = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "out" / GGUF_NAME).tensors}
+        assert {tensors[name] for name in ("token_embd.weight", "output.weight", "blk.0.attn_q.weight")} == {
+            Ggml.Q8_0
+        }
+
+
+def test_quantize_looks_at_what_it_wrote(tiny, tmp_path, monkeypatch):
+    job = Job(dest=tmp_path / "out", method="rtn-signed", recipe=RECIPES["rtn-signed"], group_size=64)
+
+    def damaged(source, job, *rest):
+        report = quantize_checkpoint(source, job, *rest)
+        (file,) = (f for f in sorted(job.dest.glob("*.safetensors")) if "model.norm.weight" in load_file(f))
+        tensors = load_file(file)
+        tensors["model.norm.weight"][7] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+        return report
+
+    with Progress(disable=True) as bar:
+        workflow.quantize_model(str(tiny.path("bf16")), TextSpec(), job, bar=bar)
+        monkeypatch.setattr(workflow, "quantize_checkpoint", damaged)
+        with pytest.raises(RuntimeError, match=r"1 tensors outside the experts.*model\.norm\.weight"):
+            workflow.quantize_model(str(tiny.path("bf16")), TextSpec(), replace(job, overwrite=True), bar=bar)

