@@ -87,10 +87,19 @@ def token_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> tuple[i
 
 
 def needed(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, base: int, experts_at_once: int = 1, states: str = "disk"
+    config: ModelConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    base: int,
+    experts_at_once: int = 1,
+    states: str = "disk",
+    ranks: int = 1,
 ) -> int:
     """Return about what a run needs: `base` is the process without a model."""
     routing, arrays = token_bytes(config, tokens, dtype)
+    if ranks > 1:
+        # outputs of this rank's experts wait for those of the ranks before it
+        routing += tokens * config.top_k * config.hidden * dtype.itemsize // ranks
     if states == "disk":
         # the rows of the experts at work are touched, and dropped afterwards
         arrays = min(arrays, arrays * 2 * experts_at_once * config.top_k // config.experts)
@@ -101,24 +110,32 @@ def needed(
 
 
 def resolve(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, budget: int | None, *, threads: int, base: int | None = None
+    config: ModelConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    budget: int | None,
+    *,
+    threads: int,
+    base: int | None = None,
+    ranks: int = 1,
+    processes: int = 1,
 ) -> Budget:
     """Return the resolved budget; InputError when not even one expert fits.
 
     `budget` is the limit in bytes, None for the default share of what is free. Tokens stay in memory if one expert
-    for every thread fits beside them.
+    for every thread fits beside them. `ranks` share the work, `processes` of them this machine.
     """
     base = psutil.Process().memory_info().rss if base is None else base
-    limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory())
+    limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory() / processes)
     each = solve_bytes(config)
     useful = min(config.experts, max(threads, USEFUL_BYTES // each))
     enough = min(threads, useful)
     candidates = [(count, "memory") for count in range(useful, enough, -1)]
     candidates += [(count, states) for count in range(enough, 0, -1) for states in ("memory", "disk")]
     for count, states in candidates:
-        if needed(config, tokens, dtype, base, count, states) <= limit:
+        if needed(config, tokens, dtype, base, count, states, ranks) <= limit:
             return Budget(bytes=limit, experts_at_once=count, states=states)
-    least = needed(config, tokens, dtype, base)
+    least = needed(config, tokens, dtype, base, ranks=ranks)
     named = "--memory" if budget is not None else f"{DEFAULT_SHARE:.0%} of the free memory,"
     raise InputError(
         f"{named} {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about {gib(least)}; "
