@@ -36,7 +36,9 @@ def rates(seconds: float = 0.5) -> dict[str, float]:
 def compare(report: dict[str, Any], config_raw: dict[str, Any], speed: dict[str, float]) -> dict[str, Any]:
     """Return FLOPs, least time, measured time and ratio by phase of a calibrated run."""
     if report["calibration"] is None:
-        raise InputError(f"method {report['settings']['method']} has no products to speak of; give a GPTQ run's report")
+        raise InputError(
+            f"method {report['settings']['method']} has no products to speak of; give a GPTQ run's report"
+        )
     config = parse_config(config_raw, "config.json")
     sequences, positions = report["calibration"]["shape"]
     layers = len(report["layers"])
@@ -50,7 +52,12 @@ def compare(report: dict[str, Any], config_raw: dict[str, Any], speed: dict[str,
     for name, measured in report["seconds_by_phase"].items():
         rows.setdefault(name, {"s": measured})
     least = sum(row.get("least_s", 0.0) for row in rows.values())
-    total = {"flops": sum(flops.values()), "least_s": least, "s": report["seconds"], "ratio": report["seconds"] / least}
+    total = {
+        "flops": sum(flops.values()),
+        "least_s": least,
+        "s": report["seconds"],
+        "ratio": report["seconds"] / least,
+    }
     return {"rates": speed, "layers": layers, "tokens": sequences * positions, "phases": rows, "whole run": total}
 
 

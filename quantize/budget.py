@@ -26,6 +26,7 @@ from gptoss_quantize.model import BATCH_TOKENS
 from gptoss_quantize.units import gib
 
 DEFAULT_SHARE = 0.6  # of what is free
+CARD_SHARE = 0.85  # of what is free on a card
 # more experts at a time than this make nothing faster: their arrays only leave the cache
 USEFUL_BYTES = 512 << 20
 # what one batch of attention needs for each of its elements: about ten copies in up to four bytes
@@ -60,7 +61,8 @@ def free_memory() -> int:
 def solve_bytes(config: ModelConfig) -> int:
     """Return what one expert needs while it is solved: weights, five arrays of their size, Hessians, factors."""
     D, F = config.hidden, config.intermediate
-    return 4 * (3 * F * D + 5 * 2 * F * D + 7 * max(D, F) ** 2)
+    # the weights twice: those of the next expert are read meanwhile
+    return 4 * (2 * 3 * F * D + 5 * 2 * F * D + 7 * max(D, F) ** 2)
 
 
 def _fixed_bytes(config: ModelConfig) -> int:
@@ -141,6 +143,18 @@ def resolve(
         f"{named} {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about {gib(least)}; "
         "give more (--memory), or fewer calibration tokens (--tokens)"
     )
+
+
+def resolve_card(config: ModelConfig, tokens: int, dtype: torch.dtype, limit: int) -> Budget:
+    """Return the budget of a card with `limit` bytes: tokens live there, and as many experts as fit beside them."""
+    routing, arrays = token_bytes(config, tokens, dtype)
+    fixed, each = routing + arrays + _fixed_bytes(config), solve_bytes(config)
+    if (count := (limit - fixed) // each) < 1:
+        raise InputError(
+            f"--device cuda with {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about "
+            f"{gib(fixed + each)}; give more (--memory), fewer calibration tokens (--tokens), or --device cpu"
+        )
+    return Budget(bytes=limit, experts_at_once=min(config.experts, count), states="memory")
 
 
 def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:

@@ -23,6 +23,7 @@ from gptoss_quantize.quantize import awq
 from gptoss_quantize.quantize.formats import Format
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.solve import Solution, solve
+from gptoss_quantize.quantize.stream import chunks, stream_experts
 
 SAMPLE_TOKENS = 256
 
@@ -176,10 +177,12 @@ def calibrated_layer(
             result.report["awq"]["routing_unchanged"] = _same_routing(job, fold.router, dense["mlp.router.bias"])
     entries: list[dict[str, Any]] = []
     mine = range(config.experts) if routed.experts is None else routed.experts
-    for start in range(mine.start, mine.stop, experts_at_once):
-        chunk = range(start, min(start + experts_at_once, mine.stop))
+    stream = stream_experts(source, index, chunks(mine, experts_at_once), device)
+    while True:
         with clock("read"):
-            originals = [_to(source.expert(index, e), device) for e in chunk]
+            chunk, originals = next(stream, (None, []))
+        if chunk is None:
+            break
         entries += _solve_chunk(job, chunk, originals, result)
         del originals
         routed.drop()

@@ -23,7 +23,7 @@ from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
-from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
+from gptoss_quantize.quantize.budget import CARD_SHARE, Budget, resolve, resolve_card, token_arrays
 from gptoss_quantize.quantize.formats import Format, pick_format
 from gptoss_quantize.quantize.layer import (
     Clock,
@@ -98,7 +98,7 @@ def quantize_checkpoint(
 
     `tokens` are needed by every recipe that looks at activations. `on_layer` is called with the index of each
     finished layer, `on_step` with each step of the polish and its divergence. `ranks` are the processes that share
-    the work, each of which calls this. InputError for input that is refused; nothing then stands under the final name.
+    the work; each of them calls this. InputError for input that is refused; nothing then stands under the final name.
     """
     _check(source, job, tokens)
     device = pick_device(job.device)
@@ -271,6 +271,11 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         return
     count = 0 if tokens is None else tokens.tokens
     dtype = job.dtype or compute_dtype(job.device)
+    if job.device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(job.device)
+        card = resolve_card(source.config, count, dtype, job.memory or int(CARD_SHARE * free))
+        output.state["budget"] = asdict(card)
+        return
     budget = resolve(
         source.config,
         count,
