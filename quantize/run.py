@@ -15,11 +15,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch.nn import functional
 
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
@@ -33,12 +32,13 @@ from gptoss_quantize.quantize.layer import (
     release_memory,
     round_layer,
 )
-from gptoss_quantize.quantize.output import HiddenFile, Output, alone
+from gptoss_quantize.quantize.output import Output, alone
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.polish_output import polish_output
-from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, exchange_rows, from_first, gather_tensors, in_turn
+from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, exchange_rows, from_first, in_turn
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.scales import on_mxfp4_grid
+from gptoss_quantize.quantize.writing import columns_beside_groups, write_embedded, write_layer, write_outer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +156,9 @@ def _run(
         first = source.expert(0, 0)
         output.state["source_is_mxfp4"] = on_mxfp4_grid(first.gate_up) and on_mxfp4_grid(first.down)
         if ranks.rank == 0:
-            output.note(_write_outer(source, job, output))
+            output.note(write_outer(source, job.dense, output))
             if tokens is not None and shape is not None:
-                _write_embedded(source, tokens, output.hidden(0, shape))
+                write_embedded(source, tokens, output.hidden(0, shape))
             output.save_state()
         everyone(ranks, None)
     for i in range(done):
@@ -170,7 +170,7 @@ def _run(
             else:
                 result = _calibrate(source, i, job, output, shape, budget, clock, ranks)
             with clock("write"):
-                _write_layer(source, i, job, result, output, ranks)
+                write_layer(source, i, job.dense, result, output, ranks)
             on_layer(i)
     if job.polish and tokens is not None and ranks.rank == 0:
         with clock("polish"):
@@ -224,7 +224,7 @@ def _check_options(source: Checkpoint, job: Job) -> None:
     """Raise InputError for options that do not go together, or not with this model."""
     if job.dense not in ("source", "int8"):
         raise InputError(f"--dense {job.dense}: expected source or int8")
-    if job.dense == "int8" and (odd := _columns_beside_groups(source)):
+    if job.dense == "int8" and (odd := columns_beside_groups(source)):
         raise InputError(
             f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense int8 "
             "works in groups of that many, leave it out"
@@ -286,55 +286,6 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         processes=ranks.local_count,
     )
     output.state["budget"] = asdict(budget)
-
-
-def _write_embedded(source: Checkpoint, tokens: Tokens, hidden: HiddenFile) -> None:
-    """Write the hidden states below the first layer: the embedding of every token."""
-    table = source.dense("model.embed_tokens.weight")
-    for batch in batches(*tokens.ids.shape):
-        hidden.write(batch, functional.embedding(tokens.ids[batch], table).float())
-    hidden.flush()
-
-
-def _columns_beside_groups(source: Checkpoint) -> tuple[str, int] | None:
-    """Return the first matrix that groups of 32 columns do not divide, with its columns."""
-    shapes = dense_shapes(source.config).items()
-    return next(((n, s[-1]) for n, s in shapes if q8_names(n, s) and s[-1] % int8.GROUP_SIZE), None)
-
-
-def _stored(name: str, tensor: torch.Tensor, dense: str) -> dict[str, torch.Tensor]:
-    """Return what is written for a tensor outside the experts: itself, or its codes and scales."""
-    if dense != "int8" or not (names := q8_names(name, tuple(tensor.shape))):
-        return {name: tensor}
-    return {stored: part for (stored, _), part in zip(names, int8.quantize(tensor), strict=True)}
-
-
-def _write_outer(source: Checkpoint, job: Job, output: Output) -> dict[str, Any]:
-    """Write the first shard: embedding, final norm and head."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name in dense_shapes(source.config):
-        if not name.startswith("model.layers."):
-            tensors |= _stored(name, source.dense(name), job.dense)
-    return output.write_shard(1, tensors)
-
-
-def _write_layer(source: Checkpoint, index: int, job: Job, result: LayerResult, output: Output, ranks: Ranks) -> None:
-    """Write a layer's shard on the rank whose turn it is, and its report and the state on rank 0."""
-    owner = index % ranks.count
-    solved = gather_tensors(ranks, owner, {k: v.cpu() for k, v in result.tensors.items()})
-    shard = None
-    if ranks.rank == owner:
-        prefix = f"model.layers.{index}."
-        tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in (source.layer(index) | solved).items():
-            tensors |= _stored(prefix + name, tensor, job.dense)
-        shard = output.write_shard(index + 2, tensors)
-    output.note(everyone(ranks, shard)[owner])
-    output.state["layers"].append(result.report)
-    if ranks.rank == 0:
-        output.save_state()
-    # hidden states of this layer are overwritten only when the state says that it is done
-    everyone(ranks, None)
 
 
 def _calibrate(
