@@ -15,7 +15,7 @@ export PYTHONSAFEPATH := 1
 # idle OpenMP threads must not spin while another thread works
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench wheel venv clean
+.PHONY: demo test lint bench faults wheel venv clean
 
 demo: $(STAMP)  ## make a real model, quantize it by every method, print the comparison (into OUT=demo-out)
 	$(BIN)/gptoss-quantize demo $(OUT) $(ARGS)
@@ -33,6 +33,9 @@ lint: $(STAMP)  ## ruff, formatting, types
 
 bench: $(STAMP)  ## time, memory and KL divergence of each option on the demo model, an hour on 2 idle cores
 	$(BIN)/python benchmarks/cost.py bench-out $(ARGS)
+
+faults: $(STAMP)  ## kill a quantization 20 times at random moments, resume it, compare bit by bit
+	$(BIN)/python benchmarks/faults.py faults-out $(ARGS)
 
 wheel: $(STAMP)  ## build sdist and wheel into dist/
 	rm -rf dist

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 refused input (one message, no traceback), 2 usage error, 
 """
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -116,6 +117,11 @@ def root(
     """Quantize gpt-oss experts to int4 with AWQ and GPTQ, and measure what it cost."""
 
 
+def first_rank() -> bool:
+    """Return whether this process is the one that speaks, where a launcher started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @app.command()
 def quantize(
     model: ModelArg,
@@ -182,9 +188,10 @@ def quantize(
         resume=resume,
         overwrite=overwrite,
     )
-    with progress() as bar:
+    with progress(disable=not first_rank()) as bar:
         report = quantize_model(model, spec, job, adapter=adapter, revision=revision, bar=bar)
-    print_quantized(out, report)
+    if first_rank():
+        print_quantized(out, report)
 
 
 def print_quantized(out: Path, report: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True)
 
 
-def progress() -> Progress:
+def progress(disable: bool = False) -> Progress:
     """Return a progress bar with time spent and time left, on stderr."""
     columns = (
         TextColumn("{task.description}"),
@@ -16,4 +16,4 @@ def progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=disable)

@@ -40,6 +40,7 @@ from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.polish import FINAL, NORMS
+from gptoss_quantize.quantize.ranks import joined
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
 from gptoss_quantize.runtimes.readback import changed_outside_experts, summary
@@ -75,13 +76,17 @@ def quantize_model(
     tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
     task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
     polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
-    report = quantize_checkpoint(
-        source,
-        job,
-        tokens,
-        lambda index: bar.update(task, completed=index + 1),
-        lambda step, kl: bar.update(polish, completed=step, description=f"polish, KL {kl:.4f}: step"),
-    )
+    with joined(job.device) as ranks:
+        report = quantize_checkpoint(
+            source,
+            job,
+            tokens,
+            lambda index: bar.update(task, completed=index + 1),
+            lambda step, kl: bar.update(polish, completed=step, description=f"polish, KL {kl:.4f}: step"),
+            ranks,
+        )
+    if ranks.rank:
+        return report
     may_change = (FOLDED if job.recipe.awq else ()) + ((*NORMS, FINAL) if job.polish else ())
     changed = summary(changed_outside_experts(source, Checkpoint(job.dest), may_change))
     if changed["different"]:

@@ -26,6 +26,7 @@ from gptoss_quantize.model import BATCH_TOKENS
 from gptoss_quantize.units import gib
 
 DEFAULT_SHARE = 0.6  # of what is free
+CARD_SHARE = 0.85  # of what is free on a card
 # more experts at a time than this make nothing faster: their arrays only leave the cache
 USEFUL_BYTES = 512 << 20
 # what one batch of attention needs for each of its elements: about ten copies in up to four bytes
@@ -60,7 +61,8 @@ def free_memory() -> int:
 def solve_bytes(config: ModelConfig) -> int:
     """Return what one expert needs while it is solved: weights, five arrays of their size, Hessians, factors."""
     D, F = config.hidden, config.intermediate
-    return 4 * (3 * F * D + 5 * 2 * F * D + 7 * max(D, F) ** 2)
+    # the weights twice: those of the next expert are read meanwhile
+    return 4 * (2 * 3 * F * D + 5 * 2 * F * D + 7 * max(D, F) ** 2)
 
 
 def _fixed_bytes(config: ModelConfig) -> int:
@@ -87,10 +89,19 @@ def token_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> tuple[i
 
 
 def needed(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, base: int, experts_at_once: int = 1, states: str = "disk"
+    config: ModelConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    base: int,
+    experts_at_once: int = 1,
+    states: str = "disk",
+    ranks: int = 1,
 ) -> int:
     """Return about what a run needs: `base` is the process without a model."""
     routing, arrays = token_bytes(config, tokens, dtype)
+    if ranks > 1:
+        # outputs of this rank's experts wait for those of the ranks before it
+        routing += tokens * config.top_k * config.hidden * dtype.itemsize // ranks
     if states == "disk":
         # the rows of the experts at work are touched, and dropped afterwards
         arrays = min(arrays, arrays * 2 * experts_at_once * config.top_k // config.experts)
@@ -101,29 +112,49 @@ def needed(
 
 
 def resolve(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, budget: int | None, *, threads: int, base: int | None = None
+    config: ModelConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    budget: int | None,
+    *,
+    threads: int,
+    base: int | None = None,
+    ranks: int = 1,
+    processes: int = 1,
 ) -> Budget:
     """Return the resolved budget; InputError when not even one expert fits.
 
     `budget` is the limit in bytes, None for the default share of what is free. Tokens stay in memory if one expert
-    for every thread fits beside them.
+    for every thread fits beside them. `ranks` share the work, `processes` of them this machine.
     """
     base = psutil.Process().memory_info().rss if base is None else base
-    limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory())
+    limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory() / processes)
     each = solve_bytes(config)
     useful = min(config.experts, max(threads, USEFUL_BYTES // each))
     enough = min(threads, useful)
     candidates = [(count, "memory") for count in range(useful, enough, -1)]
     candidates += [(count, states) for count in range(enough, 0, -1) for states in ("memory", "disk")]
     for count, states in candidates:
-        if needed(config, tokens, dtype, base, count, states) <= limit:
+        if needed(config, tokens, dtype, base, count, states, ranks) <= limit:
             return Budget(bytes=limit, experts_at_once=count, states=states)
-    least = needed(config, tokens, dtype, base)
+    least = needed(config, tokens, dtype, base, ranks=ranks)
     named = "--memory" if budget is not None else f"{DEFAULT_SHARE:.0%} of the free memory,"
     raise InputError(
         f"{named} {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about {gib(least)}; "
         "give more (--memory), or fewer calibration tokens (--tokens)"
     )
+
+
+def resolve_card(config: ModelConfig, tokens: int, dtype: torch.dtype, limit: int) -> Budget:
+    """Return the budget of a card with `limit` bytes: tokens live there, and as many experts as fit beside them."""
+    routing, arrays = token_bytes(config, tokens, dtype)
+    fixed, each = routing + arrays + _fixed_bytes(config), solve_bytes(config)
+    if (count := (limit - fixed) // each) < 1:
+        raise InputError(
+            f"--device cuda with {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about "
+            f"{gib(fixed + each)}; give more (--memory), fewer calibration tokens (--tokens), or --device cpu"
+        )
+    return Budget(bytes=limit, experts_at_once=min(config.experts, count), states="memory")
 
 
 def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:

@@ -16,6 +16,7 @@ from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.flops import layer_flops, matmul_rate
 from gptoss_quantize.kernels import mxfp4
+from gptoss_quantize.quantize.formats import pick_format
 from gptoss_quantize.quantize.layer import Clock, Routed, calibrated_layer, round_layer
 from gptoss_quantize.quantize.recipes import Recipe
 
@@ -70,9 +71,9 @@ def estimate(
     generator = torch.Generator().manual_seed(0)
     experts = min(config.experts, torch.get_num_threads())
     source = cast("Checkpoint", _made_up(config, experts, generator))
-    clock = Clock()
+    fmt, clock = pick_format("int4", group_size, recipe.scale, recipe.awq), Clock()
     if not recipe.calibrated:
-        round_layer(source, 0, recipe, group_size, clock)
+        round_layer(source, 0, recipe, fmt, clock)
         phases = {name: s / experts * config.experts * config.layers for name, s in clock.seconds.items()}
         return {"seconds": sum(phases.values()), "phases": phases, "measured": {"experts": experts}}
     count = experts * sample_tokens
@@ -87,7 +88,7 @@ def estimate(
         "mlp.router.weight": torch.randn(experts, config.hidden, generator=generator),
         "mlp.router.bias": torch.zeros(experts),
     }
-    calibrated_layer(source, 0, dense, routed, recipe, group_size, experts, clock)
+    calibrated_layer(source, 0, dense, routed, recipe, fmt, experts, clock)
     measured = dict(clock.seconds)
     pairs = tokens * config.top_k
     phases = {}

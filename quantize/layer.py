@@ -23,6 +23,7 @@ from gptoss_quantize.quantize import awq
 from gptoss_quantize.quantize.formats import Format
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.solve import Solution, solve
+from gptoss_quantize.quantize.stream import chunks, stream_experts
 
 SAMPLE_TOKENS = 256
 
@@ -36,6 +37,21 @@ class Routed:
     prob: torch.Tensor  # [T, K] float32
     out: torch.Tensor  # [T, D] float32, zeros: the original block output is added up here
     drop: Callable[[], None] = lambda: None  # takes x and out out of memory where they are on disk
+    experts: range | None = None  # those that are quantized here; None: all
+    later: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # see `add`
+
+    def add(self, rows_n: torch.Tensor, y_nD: torch.Tensor, prob_n: torch.Tensor) -> None:
+        """Add an expert's weighted output to the block's, or keep it where other ranks' experts come first."""
+        if self.later is None:
+            self.out.index_add_(0, rows_n, y_nD.float().mul_(prob_n[:, None]))
+        else:
+            self.later.append((rows_n, y_nD, prob_n))
+
+    def add_kept(self) -> None:
+        """Add what was kept, in its order."""
+        kept, self.later = self.later or [], None
+        for rows, y, prob in kept:
+            self.add(rows, y, prob)
 
 
 @dataclass(slots=True)
@@ -75,10 +91,12 @@ def _store(
         fmt.store(tensors, experts, expert, name, part.codes[at], part.scale[at], part.bias[at])
 
 
-def round_layer(source: Checkpoint, index: int, recipe: Recipe, fmt: Format, clock: Clock) -> LayerResult:
-    """Return a layer quantized by plain rounding, without activations."""
+def round_layer(
+    source: Checkpoint, index: int, recipe: Recipe, fmt: Format, clock: Clock, experts: range | None = None
+) -> LayerResult:
+    """Return a layer quantized by plain rounding, without activations; `experts` are all without it."""
     result = LayerResult()
-    for e in range(source.config.experts):
+    for e in range(source.config.experts) if experts is None else experts:
         with clock("read"):
             expert = source.expert(index, e)
         with clock("solve"):
@@ -158,12 +176,15 @@ def calibrated_layer(
             result.tensors["mlp.router.weight"] = fold.router
             result.report["awq"]["routing_unchanged"] = _same_routing(job, fold.router, dense["mlp.router.bias"])
     entries: list[dict[str, Any]] = []
-    for start in range(0, config.experts, experts_at_once):
-        chunk = range(start, min(start + experts_at_once, config.experts))
+    mine = range(config.experts) if routed.experts is None else routed.experts
+    stream = stream_experts(source, index, chunks(mine, experts_at_once), device)
+    while True:
         with clock("read"):
-            experts = [_to(source.expert(index, e), device) for e in chunk]
-        entries += _solve_chunk(job, chunk, experts, result)
-        del experts
+            chunk, originals = next(stream, (None, []))
+        if chunk is None:
+            break
+        entries += _solve_chunk(job, chunk, originals, result)
+        del originals
         routed.drop()
         release_memory()
     result.report["experts"] = entries
@@ -277,7 +298,7 @@ def _down_moments(
         with job.clock("forward"):
             act = expert_act(x, cast, job.config)
             y = functional.linear(act, cast.down, cast.down_bias)
-            job.routed.out.index_add_(0, token[rows], y.float().mul_(prob[rows, None]))
+            job.routed.add(token[rows], y, prob[rows])
             if full:
                 seen = gated(job.seen(x), weight, bias, job.config.swiglu_limit, job.config.swiglu_alpha)
         with job.clock("moments"):

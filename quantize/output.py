@@ -148,14 +148,27 @@ class Output:
     """A checkpoint under construction at `OUT.partial`; `finish` turns it into OUT."""
 
     def __init__(
-        self, dest: Path, shards: int, settings: dict[str, Any], *, stem: str = STEM, resume: bool, overwrite: bool
+        self,
+        dest: Path,
+        shards: int,
+        settings: dict[str, Any],
+        *,
+        stem: str = STEM,
+        resume: bool,
+        overwrite: bool,
+        state: dict[str, Any] | None = None,
     ):
+        """Begin or take over a run; with `state`, join one that another process began."""
         self.dest, self.shards, self.settings, self.stem = Path(os.path.abspath(dest)), shards, settings, stem
+        self.state: dict[str, Any]
         self.partial = self.dest.parent / (self.dest.name + ".partial")
+        if state is not None:
+            self.state = state
+            return
         if resume and overwrite:
             raise InputError("--resume and --overwrite contradict each other; give one of them")
         self._check_dest(overwrite)
-        self.state: dict[str, Any] = {
+        self.state = {
             "settings": settings,
             "layers": [],
             "weight_map": {},
@@ -245,13 +258,12 @@ class Output:
         """Return the file name of shard `number`, counted from 1."""
         return f"{self.stem}-{number:05d}-of-{self.shards:05d}.safetensors"
 
-    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one shard whole, or fail without a trace of it under its final name."""
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Write one shard whole, or fail without a trace of it under its final name; return what to `note`."""
         name = self.shard_name(number)
         crc = self.write_file(self.partial / name, tensors)
-        self.state["weight_map"] |= dict.fromkeys(tensors, name)
-        self.state["crc32"][name] = crc
-        self.state["bytes"] += sum(t.numel() * t.element_size() for t in tensors.values())
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        return {"name": name, "tensors": list(tensors), "crc32": crc, "bytes": size}
 
     def change_shard(self, number: int, changes: dict[str, torch.Tensor]) -> None:
         """Replace tensors of a finished shard by others of the same shape and dtype; the file is whole always."""
@@ -288,6 +300,12 @@ class Output:
             temporary.unlink(missing_ok=True)
         return crc
 
+    def note(self, shard: dict[str, Any]) -> None:
+        """Take a written shard into the state, whichever process wrote it."""
+        self.state["weight_map"] |= dict.fromkeys(shard["tensors"], shard["name"])
+        self.state["crc32"][shard["name"]] = shard["crc32"]
+        self.state["bytes"] += shard["bytes"]
+
     def hidden(self, which: int, shape: tuple[int, int, int]) -> HiddenFile:
         """Return one of the two hidden-state files (which is 0 or 1)."""
         return HiddenFile(self.partial / f"hidden-{which % 2}.bin", shape)
@@ -305,7 +323,8 @@ class Output:
                 with _writing(self.partial / name):
                     shutil.copyfile(source / name, self.partial / name)
         total = {"total_size": self.state["bytes"]}
-        write_json(self.partial / self.index_name, {"metadata": total, "weight_map": self.state["weight_map"]})
+        weight_map = dict(sorted(self.state["weight_map"].items()))
+        write_json(self.partial / self.index_name, {"metadata": total, "weight_map": weight_map})
         write_json(self.partial / "config.json", config)
         write_json(self.partial / REPORT_NAME, report)
         with _writing(self.partial):

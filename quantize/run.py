@@ -4,24 +4,25 @@ Memory holds one layer's attention, a few experts, and the layer's inputs for al
 live on disk. See `quantize.output` for what survives a crash, and `quantize.layer` for what happens to a layer.
 """
 
+import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch.nn import functional
 
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
-from gptoss_quantize.quantize.budget import Budget, resolve, token_arrays
+from gptoss_quantize.quantize.budget import CARD_SHARE, Budget, resolve, resolve_card, token_arrays
 from gptoss_quantize.quantize.formats import Format, pick_format
 from gptoss_quantize.quantize.layer import (
     Clock,
@@ -31,11 +32,13 @@ from gptoss_quantize.quantize.layer import (
     release_memory,
     round_layer,
 )
-from gptoss_quantize.quantize.output import HiddenFile, Output, alone
+from gptoss_quantize.quantize.output import Output, alone
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.polish_output import polish_output
+from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, exchange_rows, from_first, in_turn
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.scales import on_mxfp4_grid
+from gptoss_quantize.quantize.writing import columns_beside_groups, write_embedded, write_layer, write_outer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,22 +92,48 @@ def quantize_checkpoint(
     tokens: Tokens | None,
     on_layer: Callable[[int], None] = lambda index: None,
     on_step: Callable[[int, float], None] = lambda step, kl: None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Any]:
     """Quantize all experts of `source` into `job.dest`; return the report that is also written there.
 
     `tokens` are needed by every recipe that looks at activations. `on_layer` is called with the index of each
-    finished layer, `on_step` with each step of the polish and its divergence. InputError for input that is refused;
-    nothing then stands under the final name.
+    finished layer, `on_step` with each step of the polish and its divergence. `ranks` are the processes that share
+    the work; each of them calls this. InputError for input that is refused; nothing then stands under the final name.
     """
-    fmt = job.target
     _check(source, job, tokens)
     device = pick_device(job.device)
     job = replace(job, device=device, dtype=job.dtype or compute_dtype(device))
     settings = _settings(source, job, tokens)
-    shards, chosen = source.config.layers + 1, {"resume": job.resume, "overwrite": job.overwrite}
-    output = Output(job.dest, shards, settings, stem=fmt.stem, **chosen)
-    with alone(output.partial):
-        return _run(source, job, tokens, output, on_layer, on_step)
+    if device.startswith("cuda") and ranks.count > 1:
+        job = replace(job, device=f"cuda:{ranks.local_rank}")
+    output = _begin(source, job, tokens, settings, ranks)
+    with alone(output.partial) if ranks.rank == 0 else nullcontext():
+        return _run(source, job, tokens, output, on_layer, on_step, ranks)
+
+
+def _begin(source: Checkpoint, job: Job, tokens: Tokens | None, settings: dict[str, Any], ranks: Ranks) -> Output:
+    """Return the output, begun or taken over by rank 0; the others join it, if they see the same input."""
+    shards, stem = source.config.layers + 1, job.target.stem
+    found: list[Output] = []
+
+    def begin() -> dict[str, Any]:
+        output = Output(job.dest, shards, settings, stem=stem, resume=job.resume, overwrite=job.overwrite)
+        _budget(source, job, tokens, output, ranks)
+        found.append(output)
+        return output.state
+
+    state = from_first(ranks, begin)
+    if not found:
+        found.append(Output(job.dest, shards, settings, stem=stem, resume=False, overwrite=False, state=state))
+    same = json.loads(json.dumps(settings))
+    theirs = json.loads(json.dumps(state["settings"]))
+    differing = sorted(name for name in same if same[name] != theirs.get(name))
+    for rank, names in enumerate(everyone(ranks, differing)):
+        if names:
+            raise InputError(
+                f"rank {rank} sees another {', '.join(names)} than rank 0; all ranks need the same options and files"
+            )
+    return found[0]
 
 
 def _run(
@@ -114,37 +143,50 @@ def _run(
     output: Output,
     on_layer: Callable[[int], None],
     on_step: Callable[[int, float], None],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Do what is left of a run; see `quantize_checkpoint`."""
-    config, fmt, started = source.config, job.target, time.time()
+    config, started = source.config, time.time()
     clock = Clock()
     clock.seconds = output.state["seconds"]
     shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
-    budget = _budget(source, job, tokens, output)
+    budget = Budget(**output.state["budget"])
     done = len(output.state["layers"])
     if not output.state["weight_map"]:
-        _write_outer(source, job, output)
         first = source.expert(0, 0)
         output.state["source_is_mxfp4"] = on_mxfp4_grid(first.gate_up) and on_mxfp4_grid(first.down)
-        if tokens is not None and shape is not None:
-            _write_embedded(source, tokens, output.hidden(0, shape))
-        output.save_state()
+        if ranks.rank == 0:
+            output.note(write_outer(source, job.dense, output))
+            if tokens is not None and shape is not None:
+                write_embedded(source, tokens, output.hidden(0, shape))
+            output.save_state()
+        everyone(ranks, None)
     for i in range(done):
         on_layer(i)
     with torch.inference_mode():
         for i in range(done, config.layers):
             if tokens is None or shape is None:
-                result = round_layer(source, i, job.recipe, fmt, clock)
+                result = round_layer(source, i, job.recipe, job.target, clock, ranks.share(config.experts))
             else:
-                result = _calibrate(source, i, job, output, shape, budget, clock)
+                result = _calibrate(source, i, job, output, shape, budget, clock, ranks)
             with clock("write"):
-                _write_layer(source, i, job, result, output)
+                write_layer(source, i, job.dense, result, output, ranks)
             on_layer(i)
-    if job.polish and tokens is not None:
+    if job.polish and tokens is not None and ranks.rank == 0:
         with clock("polish"):
             settings = PolishSettings(steps=job.polish)
             polish_output(source, output, tokens.ids, job.dtype or torch.float32, settings, on_step)
-    report = _report(source, job, tokens, output, time.time() - started)
+    peaks = everyone(ranks, peak_rss_mib())
+    report = _report(source, job, tokens, output, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
+    if ranks.rank == 0:
+        _finish(source, job, output, report)
+    everyone(ranks, None)
+    return report
+
+
+def _finish(source: Checkpoint, job: Job, output: Output, report: dict[str, Any]) -> None:
+    """Write what belongs to the whole checkpoint, and give it its name."""
+    config, fmt = source.config, job.target
     raw = {k: v for k, v in config.raw.items() if k != "quantization_config"}
     marker = {"version": __version__, "format": job.format, "method": job.method, "group_size": job.group_size}
     described = fmt.config(job.group_size)
@@ -153,7 +195,6 @@ def _run(
         marker, described = marker | {"dense": "int8"}, described | {"quant_method": "gptoss-quantize"}
     raw |= {"quantization_config": described, "gptoss_quantize": marker}
     output.finish(source.path, raw, report)
-    return report
 
 
 def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
@@ -183,7 +224,7 @@ def _check_options(source: Checkpoint, job: Job) -> None:
     """Raise InputError for options that do not go together, or not with this model."""
     if job.dense not in ("source", "int8"):
         raise InputError(f"--dense {job.dense}: expected source or int8")
-    if job.dense == "int8" and (odd := _columns_beside_groups(source)):
+    if job.dense == "int8" and (odd := columns_beside_groups(source)):
         raise InputError(
             f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense int8 "
             "works in groups of that many, leave it out"
@@ -224,55 +265,27 @@ def _identity(files: list[Path]) -> dict[str, list[int]]:
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
 
 
-def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output) -> Budget:
-    """Return the memory budget that the run began with, or resolve it now and remember it."""
-    if stored := output.state.get("budget"):
-        return Budget(**stored)
+def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, ranks: Ranks) -> None:
+    """Resolve the memory budget and remember it, unless the run began with one."""
+    if "budget" in output.state:
+        return
     count = 0 if tokens is None else tokens.tokens
     dtype = job.dtype or compute_dtype(job.device)
-    budget = resolve(source.config, count, dtype, job.memory, threads=torch.get_num_threads())
+    if job.device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(job.device)
+        card = resolve_card(source.config, count, dtype, job.memory or int(CARD_SHARE * free))
+        output.state["budget"] = asdict(card)
+        return
+    budget = resolve(
+        source.config,
+        count,
+        dtype,
+        job.memory,
+        threads=torch.get_num_threads(),
+        ranks=ranks.count,
+        processes=ranks.local_count,
+    )
     output.state["budget"] = asdict(budget)
-    return budget
-
-
-def _write_embedded(source: Checkpoint, tokens: Tokens, hidden: HiddenFile) -> None:
-    """Write the hidden states below the first layer: the embedding of every token."""
-    table = source.dense("model.embed_tokens.weight")
-    for batch in batches(*tokens.ids.shape):
-        hidden.write(batch, functional.embedding(tokens.ids[batch], table).float())
-    hidden.flush()
-
-
-def _columns_beside_groups(source: Checkpoint) -> tuple[str, int] | None:
-    """Return the first matrix that groups of 32 columns do not divide, with its columns."""
-    shapes = dense_shapes(source.config).items()
-    return next(((n, s[-1]) for n, s in shapes if q8_names(n, s) and s[-1] % int8.GROUP_SIZE), None)
-
-
-def _stored(name: str, tensor: torch.Tensor, dense: str) -> dict[str, torch.Tensor]:
-    """Return what is written for a tensor outside the experts: itself, or its codes and scales."""
-    if dense != "int8" or not (names := q8_names(name, tuple(tensor.shape))):
-        return {name: tensor}
-    return {stored: part for (stored, _), part in zip(names, int8.quantize(tensor), strict=True)}
-
-
-def _write_outer(source: Checkpoint, job: Job, output: Output) -> None:
-    """Write the first shard: embedding, final norm and head."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name in dense_shapes(source.config):
-        if not name.startswith("model.layers."):
-            tensors |= _stored(name, source.dense(name), job.dense)
-    output.write_shard(1, tensors)
-
-
-def _write_layer(source: Checkpoint, index: int, job: Job, result: LayerResult, output: Output) -> None:
-    prefix = f"model.layers.{index}."
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in (source.layer(index) | {k: v.cpu() for k, v in result.tensors.items()}).items():
-        tensors |= _stored(prefix + name, tensor, job.dense)
-    output.write_shard(index + 2, tensors)
-    output.state["layers"].append(result.report)
-    output.save_state()
 
 
 def _calibrate(
@@ -283,6 +296,7 @@ def _calibrate(
     shape: tuple[int, int, int],
     budget: Budget,
     clock: Clock,
+    ranks: Ranks,
 ) -> LayerResult:
     """Run one layer on the hidden states of the previous one, quantize it, leave hidden states for the next."""
     config, dtype = source.config, job.dtype or compute_dtype(job.device)
@@ -301,9 +315,13 @@ def _calibrate(
         torch.empty(count, per, dtype=torch.float32, device=job.device),
         out,
         drop,
+        ranks.share(config.experts),
+        [] if ranks.count > 1 else None,
     )
+    mine = ranks.share(sequences)
+    own = [slice(mine.start + b.start, mine.start + b.stop) for b in batches(len(mine), positions)]
     with clock("attention"):
-        for batch in batches(sequences, positions):
+        for batch in own:
             h = attend(before.read(batch).to(job.device), dense, config, index, rope, dtype)
             x = mlp_input(h.flatten(0, 1), dense, config)
             part = slice(batch.start * positions, batch.stop * positions)
@@ -311,10 +329,16 @@ def _calibrate(
             routed.index[part], routed.prob[part] = router(x, dense, config)
             after.write(batch, h.cpu())
             drop()
+    with clock("exchange"):
+        exchange_rows(ranks, [routed.x, routed.index, routed.prob], sequences, positions)
     release_memory()
     result = calibrated_layer(source, index, dense, routed, job.recipe, job.target, budget.experts_at_once, clock)
+    with clock("exchange"):
+        in_turn(ranks, out, routed.add_kept)
+        if ranks.count > 1:
+            result.report["experts"] = [entry for part in everyone(ranks, result.report["experts"]) for entry in part]
     with clock("write"):
-        for batch in batches(sequences, positions):
+        for batch in own:
             part = slice(batch.start * positions, batch.stop * positions)
             after.write(batch, after.read(batch) + out[part].cpu().unflatten(0, (-1, positions)))
             drop()

@@ -50,9 +50,9 @@ def source(tmp_path) -> Path:
 def test_from_begin_to_end(tmp_path, source):
     out = tmp_path / "sub" / "out"
     output = begin(out)
-    output.write_shard(1, {"a": torch.arange(4)})
+    output.note(output.write_shard(1, {"a": torch.arange(4)}))
     output.hidden(0, (1, 2, 3)).write(slice(0, 1), torch.ones(1, 2, 3))
-    output.write_shard(2, {"b": torch.ones(3, dtype=torch.bfloat16), "c": torch.ones(4, 2).T})
+    output.note(output.write_shard(2, {"b": torch.ones(3, dtype=torch.bfloat16), "c": torch.ones(4, 2).T}))
     output.save_state()
     assert not out.exists()
     assert (tmp_path / "sub" / "out.partial" / "state.json").exists()
@@ -158,7 +158,7 @@ def test_target_that_cannot_be_written(tmp_path, parent):
 
 def unfinished(dest: Path) -> Output:
     output = begin(dest)
-    output.write_shard(1, {"a": torch.arange(4)})
+    output.note(output.write_shard(1, {"a": torch.arange(4)}))
     output.state["layers"].append({"x": 1.5})
     output.save_state()
     return output
@@ -224,7 +224,7 @@ def test_resume_with_an_unreadable_state(tmp_path):
 
 def test_resume_before_the_first_state_starts_over(tmp_path):
     output = begin(tmp_path / "out")
-    output.write_shard(1, {"a": torch.arange(4)})
+    output.note(output.write_shard(1, {"a": torch.arange(4)}))
     state = begin(tmp_path / "out", resume=True).state
     assert (state["weight_map"], state["layers"]) == ({}, [])
 
@@ -271,7 +271,7 @@ def test_full_disk_at_the_end(tmp_path, source):
 
 def finished(dest: Path, source: Path, value: int, **options) -> None:
     output = begin(dest, **options)
-    output.write_shard(1, {"a": torch.tensor([value])})
+    output.note(output.write_shard(1, {"a": torch.tensor([value])}))
     output.finish(source, {}, {})
 
 
@@ -283,7 +283,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path, source):
     out = tmp_path / "out"
     finished(out, source, 1)
     output = begin(out, overwrite=True)
-    output.write_shard(1, {"a": torch.tensor([2])})
+    output.note(output.write_shard(1, {"a": torch.tensor([2])}))
     assert value_of(out) == 1
     output.finish(source, {}, {})
     assert value_of(out) == 2

@@ -33,6 +33,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 def layer(module: str) -> str:
     """The entry of ORDER that a module of ours belongs to."""
     # cli_compare.py and its like are part of the command line
+    if module.endswith(".__main__"):
+        return "cli"
     part = module.split(".")[1].split("_")[0] if "." in module else ""
     return part if part in ORDER else "root"
 

@@ -1,0 +1,5 @@
+"""`python -m gptoss_quantize`, and `torchrun -m gptoss_quantize` for several processes."""
+
+from gptoss_quantize.cli import main
+
+main()
