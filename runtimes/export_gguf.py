@@ -32,7 +32,7 @@ from gptoss_quantize.runtimes.staging import Planned, Progress, no_progress, wri
 ARCH = "gpt-oss"
 STORED = {torch.bfloat16: Ggml.BF16, torch.float16: Ggml.F16, torch.float32: Ggml.F32}
 TORCH = {ggml_type: dtype for dtype, ggml_type in STORED.items()}
-TYPES = {"stored": None, "bf16": Ggml.BF16, "f32": Ggml.F32, "q8_0": Ggml.Q8_0}
+TYPES: dict[str, Ggml | None] = {"stored": None, "bf16": Ggml.BF16, "f32": Ggml.F32, "q8_0": Ggml.Q8_0}
 FILE_TYPES = {
     Ggml.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
     Ggml.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
@@ -110,9 +110,10 @@ def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
             return [ggml.q8_0(checkpoint.read(name + "_q8"), checkpoint.read(name + "_q8_scale"))]
         return [encode(checkpoint.dense(name), kind)]
 
+    wanted = TYPES[dense_type]
     for name, shape in dense_shapes(config).items():
         stored = Ggml.Q8_0 if is_int8(checkpoint, name) else STORED[checkpoint.info(name).dtype]
-        kind = stored if TYPES[dense_type] is None else TYPES[dense_type]
+        kind = stored if wanted is None else wanted
         if len(shape) == 1 or ".router." in name:
             kind = Ggml.F32
         yield Planned(gguf_name(name), shape, kind, partial(read, name, kind))

@@ -29,6 +29,7 @@ from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.exports import export_checkpoint
 from gptoss_quantize.runtimes.staging import Progress, no_progress
 
+COMPARISON = "for comparison"
 RUNTIMES = ("transformers", "llama.cpp", "vllm")
 
 
@@ -107,14 +108,14 @@ def in_transformers(job: Job) -> list[Row]:
         step = job.progress(f"transformers, {words}: sequence")
         return compare(reference, check_transformers.log_probs(model, job.ids, job.positions, step))
 
-    noise = None
+    noise: Agreement | None = None
     if job.baseline is not None:
         mxfp4 = job.baseline.expert_format == "mxfp4"
         model = check_transformers.plain(job.baseline.path, torch.float32, mxfp4=mxfp4)
         own = predictions(job.baseline, job, on_layer=job.progress("baseline's reference: layer"))
         noise = distance(model, "unquantized", own)
         del model
-    rows = []
+    rows: list[Row] = []
 
     def add(what: str, model: torch.nn.Module, note: str) -> None:
         got = distance(model, what, reference)
@@ -144,24 +145,27 @@ def in_llamacpp(job: Job) -> list[Row]:
     reference = predictions(checkpoint, job, rope=rope, on_layer=job.progress("llama.cpp reference: layer"))
     rows: list[Row] = []
     got, facts = _in_gguf(job, checkpoint, reference, "stored", "stored", rows)
-    noise = plain = own = None
+    noise: Agreement | None = None
+    floor: Agreement | None = None
+    others: list[Row] = []
     if baseline is not None:
         own = predictions(baseline, job, rope=rope, on_layer=job.progress("baseline's reference: layer"))
         dense_type = "q8_0" if checkpoint.dense_format == "int8" else "stored"
         noise, _ = _in_gguf(job, baseline, own, "q8_0", dense_type, None)
-        plain, plain_facts = _in_gguf(job, baseline, own, "stored", "stored", None)
+        plain, its = _in_gguf(job, baseline, own, "stored", "stored", None)
+        others.append(Row("llama.cpp", f"baseline, {its['experts']}", COMPARISON, plain))
+        if job.exact:
+            floor, _ = _in_gguf(job, baseline, own, "f32", "f32", None)
     rows.append(Row("llama.cpp", facts["experts"], verdict(got, noise), got, noise, "noise: baseline as Q8_0"))
-    if plain is not None:
-        rows.append(Row("llama.cpp", f"baseline, {plain_facts['experts']}", "for comparison", plain))
+    rows += others
     if job.exact:
         exact, _ = _in_gguf(job, checkpoint, reference, "f32", "f32", None)
-        floor = None if baseline is None else _in_gguf(job, baseline, own, "f32", "f32", None)[0]
         rows.append(Row("llama.cpp", "F32, same weights", verdict(exact, floor), exact, floor, "nothing rounded"))
     if rope["rope_type"] == "yarn" and not checkpoint.config.rope.get("truncate", True):
         ours = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
         cost = compare(ours, reference)
         note = "ours with YaRN's ramp rounded as llama.cpp does, against ours: llama.cpp's own deviation"
-        rows.append(Row("llama.cpp", "YaRN ramp", "for comparison", cost, note=note))
+        rows.append(Row("llama.cpp", "YaRN ramp", COMPARISON, cost, note=note))
     return rows
 
 
