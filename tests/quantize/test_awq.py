@@ -188,3 +188,26 @@ def test_magnitude_floor_keeps_dead_channels_finite():
     assert bool(torch.isfinite(candidates).all())
     assert bool((candidates > 0).all())
     assert torch.equal(candidates[0], torch.ones(4))
+
+
+def test_strength_weakens_the_folds_that_were_found():
+    x, dense, experts = layer(outliers=True)
+    x = x * dense["post_attention_layernorm.weight"].float()
+    found = [
+        awq.search_input(samples_of(x, dense), iter(experts), x.abs().mean(0), dense, CONFIG, 64, strength)
+        for strength in (1.0, 0.5)
+    ]
+    assert found[1].alpha == found[0].alpha / 2 > 0
+    assert found[1].gain == found[0].gain
+    # both are stored as bfloat16 norms, so the square root holds to that
+    torch.testing.assert_close(found[1].scale.log(), found[0].scale.log() / 2, rtol=0, atol=0.02)
+    expert, free = experts[0], torch.zeros(F, dtype=torch.bool)
+    expert.gate_up[0::4] *= 0.05
+    sample = awq.Sample(x, torch.ones(T))
+    (_, full, beta, _), (_, half, weak, _) = (
+        awq.search_down(sample, expert, CONFIG, 64, free, strength) for strength in (1.0, 0.5)
+    )
+    assert weak == beta / 2 > 0
+    moved = (full > 1.1) & (half > 1.1)
+    assert int(moved.sum()) > 50
+    assert float((half[moved].log() * 2 / full[moved].log() - 1).abs().median()) < 0.1
