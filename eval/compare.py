@@ -26,7 +26,7 @@ from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.divergence import PerToken, check_pair, compare_states, details, summarize
-from gptoss_quantize.eval.examples import answer, load_model
+from gptoss_quantize.eval.examples import answer, load_model, too_large
 from gptoss_quantize.eval.experts import compare_experts
 from gptoss_quantize.eval.identity import check_kinship, cost, fingerprint
 from gptoss_quantize.eval.paired import compare_answers
@@ -207,9 +207,17 @@ def expert_level(
 
 
 def example_level(model: Model, settings: Settings, start: Start) -> Any:
-    """Return {"value": answers of `examples.answer`, "seconds"}; none for a baseline with an adapter."""
-    if not settings.prompts or model.checkpoint.adapter is not None:
-        return {"value": [], "seconds": 0.0}
+    """Return {"value": answers of `examples.answer`, "seconds", and "left_out": why there are none}."""
+    kept = model.kept("examples", settings.prompts, settings.new_tokens)
+    reason = None
+    if not settings.prompts:
+        reason = "not asked for"
+    elif model.checkpoint.adapter is not None:
+        reason = "the adapter is merged while streaming only"
+    elif not kept.exists():
+        reason = too_large(model.checkpoint)
+    if reason is not None:
+        return {"value": [], "seconds": 0.0, "left_out": reason}
 
     def run() -> list[dict[str, Any]]:
         step = start(f"{model.name}: example answers", 1)
@@ -219,7 +227,7 @@ def example_level(model: Model, settings: Settings, start: Start) -> Any:
         step()
         return found
 
-    return remembered(model.kept("examples", settings.prompts, settings.new_tokens), run)
+    return remembered(kept, run) | {"left_out": None}
 
 
 def _paired(base: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -321,6 +329,7 @@ def _entry(model: Model, tokens: list[Any], tasks: Any, experts: Any, examples: 
         "tasks_overall": None,
         "experts": None if experts is None else {"tokens": experts["tokens"], "layers": experts["value"]},
         "examples": examples["value"],
+        "examples_left_out": examples["left_out"],
         "seconds": {
             "texts": sum(entry["seconds"] for entry in tokens),
             "tasks": 0.0 if tasks is None else tasks["seconds"],

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from gptoss_quantize.calibration.text import render_chat
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.loading import load
 
+LARGEST_SHARE = 0.5
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Write two sentences about the sea.",
@@ -25,6 +27,21 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     # its own bars would tear ours apart
     transformers.utils.logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+
+
+def too_large(checkpoint: Checkpoint) -> str | None:
+    """Return why a checkpoint cannot be loaded whole for examples, None where it fits half of the free memory.
+
+    Everything else is streamed; only generation needs a whole model. Ours stay packed, others become bfloat16.
+    """
+    shapes = checkpoint.shapes().values()
+    parameters = sum(int(torch.Size(shape).numel()) for shape in shapes)
+    stored = sum(path.stat().st_size for path in checkpoint.files())
+    needed = stored if checkpoint.expert_format == "int4" else 2 * parameters
+    free = psutil.virtual_memory().available
+    if needed <= LARGEST_SHARE * free:
+        return None
+    return f"needs {needed / 2**30:.1f} GiB whole, {free / 2**30:.1f} GiB are free"
 
 
 @torch.inference_mode()

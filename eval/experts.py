@@ -28,9 +28,12 @@ from gptoss_quantize.model import EXPERT_BLOCK, expert_act, mlp_input
 
 def expert_output(x_TD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:
     """Return one expert's output [T, D] in float32, in blocks; products in the dtype of x."""
-    parts = [functional.linear(expert_act(x, expert, config), expert.down, expert.down_bias).float()
-             for x in x_TD.split(EXPERT_BLOCK)]  # fmt: skip
-    return torch.cat(parts) if parts else torch.empty(0, x_TD.shape[1])
+    if not len(x_TD):
+        return torch.empty(0, x_TD.shape[1])
+    parts = []
+    for x in x_TD.split(EXPERT_BLOCK):
+        parts.append(functional.linear(expert_act(x, expert, config), expert.down, expert.down_bias).float())
+    return torch.cat(parts)
 
 
 def router_logits(x_TD: torch.Tensor, layer: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -198,7 +198,7 @@ def expert_heatmaps(candidates: Sequence[dict[str, Any]]) -> list[tuple[str, str
     tokens = np.array([layer["tokens"] for layer in first], dtype=float).T
     errors = [_expert_errors(entry["experts"]["layers"]) for entry in candidates]
     known = np.concatenate([e[np.isfinite(e) & (e > 0)] for e in errors])
-    low, high = (float(known.min()), float(known.max())) if known.size else (1e-3, 1.0)
+    low, high = (float(np.quantile(known, 0.05)), float(known.max())) if known.size else (1e-3, 1.0)
     # one scale for all candidates
     norm = LogNorm(low, max(high, low * 1.01))
     maps = [("tokens", tokens, Normalize(0, max(1.0, tokens.max())), "tokens per expert (baseline's routing)")]

@@ -95,9 +95,16 @@ def lay_out(trees: Sequence[Tree]) -> Layout:
             ids += tokens
             position += range(size, size + len(tokens))
             branch += [k] * len(tokens)
-    columns = (ids, position, branch, [0, *accumulate(map(len, trees))], source, target, owner)
-    tensors = [torch.tensor(column, dtype=torch.int64) for column in columns]
-    return Layout(*tensors, depth=max(tree.depth for tree in trees))
+    return Layout(
+        ids=torch.tensor(ids),
+        position=torch.tensor(position),
+        branch=torch.tensor(branch),
+        bounds=torch.tensor([0, *accumulate(map(len, trees))]),
+        source=torch.tensor(source),
+        target=torch.tensor(target),
+        owner=torch.tensor(owner),
+        depth=max(tree.depth for tree in trees),
+    )
 
 
 @dataclass(frozen=True, slots=True)
