@@ -81,7 +81,7 @@ def problem() -> str:
     return _load()[1]
 
 
-def _function(name: str, dtype: torch.dtype | None = None) -> ctypes._CFuncPtr:
+def _function(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:
     library, why = _load()
     if library is None:
         raise RuntimeError(f"native kernels: {why}")
@@ -227,19 +227,19 @@ def centre(
     root_T = weight_T.sqrt()
     scaled = torch.empty_like(x_TK)
     plain, gap = (None, None) if original_TK is None else (torch.empty_like(x_TK), torch.empty_like(x_TK))
-    sums: list[torch.Tensor] = []
+    sums: dict[int, torch.Tensor] = {}
     function = _function("centre_bf16")
 
     def part(start: int, rows: int) -> None:
         total = torch.zeros(2, K)
-        sums.append(total)
-        inputs = [x_TK, original_TK, weight_T, root_T]
-        inputs = [_at(None if t is None else t[start]) for t in inputs]
+        sums[start] = total
+        inputs = [_at(None if t is None else t[start]) for t in (x_TK, original_TK, weight_T, root_T)]
         outputs = [_at(None if t is None else t[start]) for t in (scaled, plain, gap)]
         function(*_i64(rows, K), *inputs, _at(shift_K), *outputs, _at(total[0]), _at(total[1]))
 
     _over_rows(T, part)
-    total = torch.stack(sums).sum(0)
+    # in the order of the rows, whichever thread was first
+    total = torch.stack([sums[start] for start in sorted(sums)]).sum(0)
     return Centred(scaled, plain, gap, total[0], total[1])
 
 

@@ -76,6 +76,7 @@ def _bfloat16(values: torch.Tensor) -> torch.Tensor:
 def free_values(tensors: dict[str, torch.Tensor]) -> dict[str, Free]:
     """Return what may move in a layer, by stored name; a step of 1 is as large as the value usually is."""
     found = {}
+    rounding: Callable[[torch.Tensor], torch.Tensor]
     for name, stored in tensors.items():
         start = stored.float()
         if name.endswith("_weight_scale"):
@@ -188,6 +189,13 @@ def measure(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor) -
     return _head_loss(student, final, teacher_NSD.flatten(0, 1), False)[0] / ids_NS.numel()
 
 
+def _grad(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the gradient that a backward pass has left."""
+    if tensor.grad is None:
+        raise RuntimeError("the loss does not depend on the hidden states")
+    return tensor.grad
+
+
 def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor) -> float:
     """Return the mean KL and leave its gradient in the `grad` of every free value's `step`."""
     config, tokens = student.config, ids_NS.numel()
@@ -203,11 +211,11 @@ def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor)
         final = rms_norm(h, student.free[-1][FINAL].value(), config.rms_eps)
         loss, slope = _head_loss(student, final.detach().flatten(0, 1), teacher_NSD.flatten(0, 1), True)
         final.backward(slope.view_as(final) / tokens)
-        slope = h.grad
+        slope = _grad(h)
         for i in reversed(range(config.layers)):
             h = inputs.pop().requires_grad_()
             run_layer(student, i, student.layer(i), h, rope).backward(slope)
-            slope = h.grad
+            slope = _grad(h)
     return loss / tokens
 
 

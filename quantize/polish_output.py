@@ -74,7 +74,7 @@ def _teacher(source: Checkpoint, output: Output, ids_NS: torch.Tensor, dtype: to
 
 def moved(student: Student) -> dict[str, torch.Tensor]:
     """Return every free tensor by its full name, in bfloat16 as stored."""
-    out = {}
+    out: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(student.free):
         prefix = f"model.layers.{index}." if index < student.config.layers else ""
         out |= {prefix + name: free.value().detach().to(torch.bfloat16) for name, free in layer.items()}

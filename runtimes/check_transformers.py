@@ -18,7 +18,7 @@ def packed(path: Path, dtype: torch.dtype) -> nn.Module:
 def plain(path: Path, dtype: torch.dtype, *, mxfp4: bool = False) -> nn.Module:
     """Return a directory as stock transformers loads it; MXFP4 is dequantized by transformers where it must."""
     # its dequantization ends in bfloat16, which holds MXFP4 exactly
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if mxfp4 else dtype)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if mxfp4 else dtype)
     return model.to(dtype).eval()
 
 

@@ -123,8 +123,11 @@ def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
         # llama.cpp's loader asks for them; zeros add nothing
         rows = {n.rsplit(".", 1)[0]: s[0] for n, s in dense_shapes(config).items() if n.endswith("_proj.weight")}
         for stem, count in rows.items():
-            zeros = partial(list, (torch.zeros(count),))
-            yield Planned(gguf_name(stem + ".bias"), (count,), Ggml.F32, zeros)
+            yield Planned(gguf_name(stem + ".bias"), (count,), Ggml.F32, partial(_zeros, count))
+
+
+def _zeros(count: int) -> Iterator[torch.Tensor]:
+    yield torch.zeros(count)
 
 
 def expert_entries(checkpoint: Checkpoint, layer: int, kind: Ggml) -> Iterator[Planned]:

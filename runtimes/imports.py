@@ -78,7 +78,11 @@ def detect_split(path: Path, ids_NS: torch.Tensor, on_layer: Progress = no_progr
     nll = []
     for number, reading in enumerate(readings):
         before = number * reading.config.layers
-        nll.append(sequence_nll(reading, ids_NS, lambda layer, before=before: on_layer(before + layer + 1, total)))
+
+        def report(layer: int, before: int = before) -> None:
+            on_layer(before + layer + 1, total)
+
+        nll.append(sequence_nll(reading, ids_NS, report))
     gap = nll[1] - nll[0]
     mean, error = float(gap.mean()), float(gap.std() / math.sqrt(len(gap))) if len(gap) > 1 else 0.0
     means = {split: float(value.mean()) for split, value in zip(SPLITS, nll, strict=True)}

@@ -80,10 +80,10 @@ def gguf_differences(checkpoint: Checkpoint, path: Path, on_layer: Progress = no
                 yield written
     eight_bit = file.tensors["blk.0.ffn_up_exps.weight"].tensor_type is Ggml.Q8_0
     for layer in range(config.layers):
-        for number, exact in enumerate(checkpoint.experts(layer)):
-            got = file.expert(layer, number)
-            close = all(_q8_0_close(getattr(exact, p), getattr(got, p)) for p in ("gate_up", "down"))
-            if not (close if eight_bit else same_expert(exact, got)):
+        for number, expert in enumerate(checkpoint.experts(layer)):
+            there = file.expert(layer, number)
+            close = all(_q8_0_close(getattr(expert, p), getattr(there, p)) for p in ("gate_up", "down"))
+            if not (close if eight_bit else same_expert(expert, there)):
                 yield f"blk.{layer} expert {number}"
         on_layer(layer + 1, config.layers)
 
