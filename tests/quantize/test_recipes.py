@@ -20,7 +20,7 @@ def test_override():
         ("sweeps", "'' is not a int"),
         ("sweeps=two", "'two' is not a int"),
         ("centre=0", "'0' is not a bool"),
-        ("scale=minmax", "'minmax' is unknown; expected one of absmax, signed, search"),
+        ("scale=minmax", "'minmax' is unknown; expected one of absmax, ceil, signed, search"),
     ],
 )
 def test_mistakes_are_refused(setting, words):
