@@ -155,7 +155,7 @@ def quantize(
         str | None, typer.Option(help="What the process may take, such as 12GiB; 60 % of what is free without it.")
     ] = None,
     polish: Annotated[
-        int, typer.Option(min=0, help="Steps of end-to-end polish: KL by scales, biases, norms. 60 is a good number.")
+        int, typer.Option(min=0, help="Experimental: steps of end-to-end polish of scales, biases, norms; slow.")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or a stale unfinished run.")] = False,

@@ -106,7 +106,7 @@ def test_polish_lowers_the_divergence_of_other_text_and_values_stay_storable(tin
     wanted = hidden_states(original, ids)
     student = student_of(rounded("int4"))
     report = polish(student, ids, wanted, PolishSettings(steps=20, rate=3e-3, sequences=8))
-    # a random model on random tokens leaves little to learn: 6 and 3 percent were seen
+    # a random model on random tokens leaves little to learn: 4 to 6 and 2.5 to 6 percent were seen with such settings
     assert report["kept"]
     assert report["kl_after"] < 0.97 * report["kl_before"]
     fresh = tiny.ids(12, 24, seed=77)
