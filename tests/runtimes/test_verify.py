@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import stat
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from gptoss_quantize import cli, workflow
 from gptoss_quantize.checkpoint import Checkpoint
@@ -265,3 +268,46 @@ def test_positions_are_spread_and_text_is_real(tiny, int4_path, monkeypatch):
     (found,) = jobs
     assert found.positions == [9, 19, 29, 39] and found.ids.shape == (2, 40)
     assert len(found.texts) == 2 and " " in found.texts[0]
+
+
+@pytest.mark.parametrize("engine", ["right", "wrong", "absent"])
+@pytest.mark.parametrize("card", [False, True])
+def test_predictions_of_vllm_are_compared_with_ours(tiny, int4_path, monkeypatch, engine, card):
+    # stands in for vLLM's processes: the loader says all is in place, the engine answers with ours and some noise
+    asked = job(tiny, int4_path())
+    prompts = check_vllm.prefixes(asked.ids, asked.positions)
+    assert [len(p) for p in prompts[: len(asked.positions)]] == [p + 1 for p in asked.positions]
+
+    def run(module, *arguments):
+        if module == "vllm_loader":
+            out = json.dumps({"version": "0", "backend": "none", "placed": 1, "wrong": []})
+            return subprocess.CompletedProcess([], 0, out, "")
+        path, backend, prefixes, answer = arguments
+        assert json.loads(Path(prefixes).read_text()) == prompts
+        candidate = Path(path) != asked.baseline.path.resolve()
+        if candidate and engine == "absent":
+            return subprocess.CompletedProcess([], 1, "", "ValueError: no such kernel\n")
+        got = predictions(Checkpoint(Path(path)), asked)
+        got += 0.1 * torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+        # the backend chosen by default is the one that may be wrong
+        save_file(
+            {"log_probs": got.roll(1, -1) if candidate and engine == "wrong" and backend == "auto" else got}, answer
+        )
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(check_vllm, "_run", run)
+    monkeypatch.setattr(check_vllm, "available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    found = {row.what: row for row in verify(asked, ("vllm",))}
+    expected = {"right": AGREES, "wrong": DISAGREES, "absent": NOT_CHECKED}[engine]
+    assert found["loader"].verdict == AGREES
+    assert found["baseline"].got.kl > 1e-4
+    assert found["bfloat16 export"].verdict == expected
+    if card:
+        assert found["int4, --moe-backend auto"].verdict == expected
+        others = {found[f"int4, --moe-backend {name}"].verdict for name in ("humming", "emulation")}
+        assert others == {NOT_CHECKED if engine == "absent" else AGREES}
+    else:
+        assert found["int4"].verdict == NOT_CHECKED
+    if engine == "absent":
+        assert "no such kernel" in found["bfloat16 export"].note
