@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import __version__, cli_compare, cli_sizes
-from gptoss_quantize.cli_runtimes import COMMANDS
+from gptoss_quantize import __version__, cli_compare, cli_runtimes, cli_sizes
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import console, progress
+from gptoss_quantize.terminal import Dtype, console, progress
 
 
 class StoppedError(Exception):
@@ -77,14 +76,6 @@ class Dense(StrEnum):
 
     source = "source"
     int8 = "int8"
-
-
-class Dtype(StrEnum):
-    """Dtype of matrix products."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 ModelArg = Annotated[
@@ -274,7 +265,7 @@ def evaluate(
     Console().print(table)
 
 
-cli_compare.register(app, progress, console)
+app.command()(cli_compare.compare)
 
 
 @app.command()
@@ -347,8 +338,7 @@ def demo(
     )
 
 
-cli_sizes.register(app)
-for _name, _command in COMMANDS.items():
+for _name, _command in (cli_sizes.COMMANDS | cli_runtimes.COMMANDS).items():
     app.command(_name)(_command)
 
 

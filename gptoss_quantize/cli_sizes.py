@@ -1,6 +1,7 @@
 """Commands about sizes: a synthetic model of true shape, and the plan of a quantization before it is run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.terminal import console
 from gptoss_quantize.units import gib, parse_size
 
 
@@ -25,9 +27,9 @@ def synthetic_model(
     """Make a model of true shape with random weights, to measure time and memory."""
     from gptoss_quantize.workflow import make_synthetic_model
 
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=console) as bar:
         facts = make_synthetic_model(dest, like=like, layers=layers, seed=seed, bar=bar)
-    Console(stderr=True).print(
+    console.print(
         f"[bold]{escape(str(dest))}[/bold] written: {facts['layers']} of {facts['of_layers']} layers of "
         f"{escape(like)}, {facts['bytes'] / 1e9:.1f} GB in {facts['seconds']:.0f} s; random weights, it knows nothing"
     )
@@ -148,7 +150,4 @@ def _card_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file to the program."""
-    app.command()(synthetic_model)
-    app.command()(plan)
+COMMANDS: dict[str, Callable[..., Any]] = {"synthetic-model": synthetic_model, "plan": plan}

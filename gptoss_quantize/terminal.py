@@ -1,9 +1,19 @@
-"""The console that messages go to, and the progress bar, both on stderr: stdout is for results."""
+"""What all commands share: console and progress bar, on stderr since stdout is for results, and common options."""
+
+from enum import StrEnum
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+
+
+class Dtype(StrEnum):
+    """Dtype of matrix products."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 def progress(disable: bool = False) -> Progress:

@@ -144,6 +144,32 @@ class HiddenFile:
             os.fsync(file.fileno())
 
 
+def check_name(dest: Path, overwrite: bool, report: str, foreign: str) -> None:
+    """Raise InputError for a final name that is taken, or with `overwrite` holds no `report` of ours ("foreign")."""
+    if not os.path.lexists(dest):
+        return
+    if not overwrite:
+        raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
+    plain = dest.is_dir() and not dest.is_symlink()
+    if not plain or (any(dest.iterdir()) and not (dest / report).is_file()):
+        raise InputError(
+            f"{dest}: {foreign} (no {report}), so --overwrite does not delete it; choose another name or remove it "
+            "yourself"
+        )
+
+
+def publish(partial: Path, dest: Path) -> None:
+    """Give the finished directory its name; what stood there is deleted last."""
+    replaced = dest.with_name(dest.name + ".replaced")
+    if dest.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        dest.rename(replaced)
+    partial.rename(dest)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
 class Output:
     """A checkpoint under construction at `OUT.partial`; `finish` turns it into OUT."""
 
@@ -206,16 +232,7 @@ class Output:
             for place in (dest, self.partial):
                 if (path := self.settings.get(name)) and Path(path).resolve().is_relative_to(place.resolve()):
                     raise InputError(f"{place}: holds the {name} {path}; choose another place for OUT")
-        if not os.path.lexists(dest):
-            return
-        if not overwrite:
-            raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
-        plain = dest.is_dir() and not dest.is_symlink()
-        if not plain or (any(dest.iterdir()) and not (dest / REPORT_NAME).is_file()):
-            raise InputError(
-                f"{dest}: not a checkpoint that gptoss-quantize wrote (no {REPORT_NAME}), so --overwrite does not "
-                "delete it; choose another name or remove it yourself"
-            )
+        check_name(dest, overwrite, REPORT_NAME, "not a checkpoint that gptoss-quantize wrote")
 
     def _load_state(self) -> dict[str, Any]:
         path = self.partial / "state.json"
@@ -332,11 +349,4 @@ class Output:
         # the state last; a run that is interrupted even later is resumed from the report
         for leftover in ("hidden-0.bin", "hidden-1.bin", POLISHED_NAME, "state.json"):
             (self.partial / leftover).unlink(missing_ok=True)
-        replaced = self.dest.with_name(self.dest.name + ".replaced")
-        if self.dest.exists():
-            if replaced.exists():
-                shutil.rmtree(replaced)
-            self.dest.rename(replaced)
-        self.partial.rename(self.dest)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        publish(self.partial, self.dest)

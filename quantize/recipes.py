@@ -28,7 +28,7 @@ class Recipe:
     centre: bool = True  # centred covariance; the expert's bias absorbs the mean error
     sweeps: int = 1  # rounds of joint scale refit and coordinate descent after GPTQ
     asymmetric: float = 0.5  # how far the down_proj target corrects for its quantized input (0: not at all)
-    native: bool = True  # column steps and scale search in C++ where it compiles; equal but for rounding
+    native: bool = True  # column steps, scale search, Hessians in C++ where it compiles; equal but for rounding
     awq: bool = False  # scales folded into norm, router and up->down before quantizing
     awq_strength: float = 1.0  # exponent of the folds that suit plain rounding best
     awq_down: bool = True  # with awq: also the per-neuron up->down fold

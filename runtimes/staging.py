@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize.output import COPIED, write_json
+from gptoss_quantize.quantize.output import COPIED, check_name, publish, write_json
 from gptoss_quantize.shards import DTYPES
 
 REPORT_NAME = "export_report.json"
@@ -47,28 +47,7 @@ def _check_free(dest: Path, partial: Path, overwrite: bool, inputs: tuple[Path, 
     for path in inputs:
         if any(path.resolve().is_relative_to(place.resolve()) for place in (dest, partial)):
             raise InputError(f"{dest}: holds the input {path}; choose another place for DEST")
-    if not os.path.lexists(dest):
-        return
-    if not overwrite:
-        raise InputError(f"{dest}: already exists; choose another name or pass --overwrite")
-    plain = dest.is_dir() and not dest.is_symlink()
-    if not plain or (any(dest.iterdir()) and not (dest / REPORT_NAME).is_file()):
-        raise InputError(
-            f"{dest}: nothing that gptoss-quantize exported (no {REPORT_NAME}), so --overwrite does not delete it; "
-            "choose another name or remove it yourself"
-        )
-
-
-def _publish(partial: Path, dest: Path) -> None:
-    """Give the finished directory its name; what stood there is deleted last."""
-    replaced = dest.with_name(dest.name + ".replaced")
-    if dest.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        dest.rename(replaced)
-    partial.rename(dest)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    check_name(dest, overwrite, REPORT_NAME, "nothing that gptoss-quantize exported")
 
 
 @contextmanager
@@ -89,7 +68,7 @@ def staged(dest: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> Iterator
         raise InputError(f"{partial}: cannot be written ({error}); choose another place for DEST") from None
     try:
         yield partial
-        _publish(partial, dest)
+        publish(partial, dest)
     except OSError as error:
         raise InputError(f"{dest}: writing failed ({error}); free some space and run it again") from error
     finally:

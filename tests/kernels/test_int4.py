@@ -1,8 +1,5 @@
 """int4 codes, scales and packing against plain Python and float64 twins, compressed-tensors, AutoGPTQ and AutoAWQ."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +15,6 @@ from hypothesis.extra import numpy as hnp
 
 from gptoss_quantize.kernels import int4
 
-GOLDEN = Path(__file__).parent.parent / "goldens" / "packing.json"
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -140,21 +136,6 @@ def test_compressed_tensors_reads_our_weights_and_writes_our_words(group, dtype)
 
     written = PackedQuantizationCompressor.compress({"weight": theirs, "weight_scale": scale}, scheme)
     assert torch.equal(written["weight_packed"], stored["weight_packed"])
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict:
-    """The record of goldens/make_packing.py with its tensors as tensors."""
-
-    def tensor(entry: dict) -> torch.Tensor:
-        flat = np.frombuffer(bytes.fromhex(entry["hex"]), dtype=np.dtype(entry["dtype"]).newbyteorder("<"))
-        return torch.from_numpy(flat.reshape(entry["shape"]).astype(entry["dtype"]))
-
-    record = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    out = {name: tensor(record[name]) for name in ("codes", "scales")}
-    for packer in ("gptq", "awq"):
-        out[packer] = {name: tensor(entry) for name, entry in record[packer].items()}
-    return out
 
 
 def test_autogptq_packs_the_transpose_of_ours_and_decodes_the_same_floats(golden):

@@ -1,8 +1,5 @@
 """AutoGPTQ's and AutoAWQ's words: against what the packages themselves packed (goldens), and as properties."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,23 +8,7 @@ from hypothesis import strategies as st
 
 from gptoss_quantize.kernels import int4, legacy
 
-GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "packing.json"
 PROPERTY = settings(max_examples=40, deadline=None)
-
-
-@pytest.fixture(scope="module")
-def golden():
-    """Codes and words of AutoGPTQ 0.7.1 and AutoAWQ 0.2.9 (tests/goldens/make_packing.py)."""
-
-    def tensor(entry):
-        flat = np.frombuffer(bytes.fromhex(entry["hex"]), dtype=np.dtype(entry["dtype"]).newbyteorder("<"))
-        return torch.from_numpy(flat.reshape(entry["shape"]).astype(entry["dtype"]))
-
-    record = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    out = {name: tensor(record[name]) for name in ("codes", "scales")}
-    for packer in ("gptq", "awq"):
-        out[packer] = {name: tensor(entry) for name, entry in record[packer].items()}
-    return out
 
 
 def test_autogptq_packs_the_same_words(golden):

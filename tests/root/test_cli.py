@@ -17,6 +17,7 @@ from gptoss_quantize import cli
 from gptoss_quantize.checkpoint import Checkpoint
 
 COMMANDS = ["quantize", "evaluate", "compare", "generate", "demo-model", "demo", "synthetic-model", "plan"]
+COMMANDS += ["export", "import", "verify"]
 
 
 @pytest.fixture
