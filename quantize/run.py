@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
-from gptoss_quantize.quantize.budget import CARD_SHARE, Budget, resolve, resolve_card, token_arrays
-from gptoss_quantize.quantize.formats import Format, pick_format
-from gptoss_quantize.quantize.layer import (
-    Clock,
-    LayerResult,
-    Routed,
-    calibrated_layer,
+from gptoss_quantize.quantize.budget import (
+    CARD_SHARE,
+    Budget,
+    make_room,
     release_memory,
-    round_layer,
+    resolve,
+    resolve_card,
+    reuse_memory,
+    token_arrays,
 )
+from gptoss_quantize.quantize.formats import Format, pick_format
+from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer, round_layer
 from gptoss_quantize.quantize.output import Output, alone
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.polish_output import polish_output
@@ -146,6 +149,7 @@ def _run(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Do what is left of a run; see `quantize_checkpoint`."""
+    reuse_memory()
     config, started = source.config, time.time()
     clock = Clock()
     clock.seconds = output.state["seconds"]
@@ -314,7 +318,7 @@ def _calibrate(
         torch.empty(count, per, dtype=torch.int64, device=job.device),
         torch.empty(count, per, dtype=torch.float32, device=job.device),
         out,
-        drop,
+        partial(make_room, drop, 0 if job.device != "cpu" else budget.bytes - budget.solving(config)),
         ranks.share(config.experts),
         [] if ranks.count > 1 else None,
     )

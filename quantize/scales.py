@@ -125,8 +125,12 @@ def on_mxfp4_grid(weight_NK: torch.Tensor) -> bool:
     """Return whether the weights are MXFP4 values, blocks of 32 along the columns: a release, or a copy of one."""
     if weight_NK.shape[-1] % mxfp4.GROUP_SIZE:
         return False
-    scale = floor_scale(weight_NK)
-    return torch.equal(int4.dequantize(grids.MXFP4.quantize(weight_NK, scale), scale, weight_NK.dtype), weight_NK)
+    # rows that stay in the cache, and the first that is off the grid ends it
+    for rows in weight_NK.flatten(0, -2).split(max(1, _CHUNK_ELEMENTS // weight_NK.shape[-1])):
+        scale = floor_scale(rows)
+        if not torch.equal(int4.dequantize(grids.MXFP4.quantize(rows, scale), scale, rows.dtype), rows):
+            return False
+    return True
 
 
 def lattice_candidates(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
