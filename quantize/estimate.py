@@ -16,6 +16,7 @@ from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.flops import layer_flops, matmul_rate
 from gptoss_quantize.kernels import mxfp4
+from gptoss_quantize.quantize.budget import reuse_memory
 from gptoss_quantize.quantize.formats import pick_format
 from gptoss_quantize.quantize.layer import Clock, Routed, calibrated_layer, round_layer
 from gptoss_quantize.quantize.recipes import Recipe
@@ -68,6 +69,7 @@ def estimate(
     sample_tokens: int = SAMPLE_TOKENS,
 ) -> dict[str, Any]:
     """Return expected seconds by phase for the whole model, with the measurements they were made of."""
+    reuse_memory()
     generator = torch.Generator().manual_seed(0)
     experts = min(config.experts, torch.get_num_threads())
     source = cast("Checkpoint", _made_up(config, experts, generator))

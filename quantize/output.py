@@ -100,6 +100,8 @@ def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str,
     return same | {
         "weight_map": index["weight_map"],
         "seconds": report["seconds_by_phase"],
+        "elapsed": report["seconds"],
+        "peak_rss_mib": report["peak_rss_mib"],
         "budget": report["memory"],
     }
 

@@ -5,7 +5,6 @@ live on disk. See `quantize.output` for what survives a crash, and `quantize.lay
 """
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from gptoss_quantize import __version__
@@ -40,6 +38,7 @@ from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.polish_output import polish_output
 from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, exchange_rows, from_first, in_turn
 from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.quantize.report import peak_of, report_of
 from gptoss_quantize.quantize.scales import on_mxfp4_grid
 from gptoss_quantize.quantize.writing import columns_beside_groups, write_embedded, write_layer, write_outer
 
@@ -150,8 +149,9 @@ def _run(
 ) -> dict[str, Any]:
     """Do what is left of a run; see `quantize_checkpoint`."""
     reuse_memory()
-    config, started = source.config, time.time()
-    clock = Clock()
+    config, clock = source.config, Clock()
+    # what an interrupted run took, up to its last whole layer, counts
+    started = time.time() - output.state.get("elapsed", 0.0)
     clock.seconds = output.state["seconds"]
     shape = (*tokens.ids.shape, config.hidden) if tokens is not None else None
     budget = Budget(**output.state["budget"])
@@ -173,6 +173,7 @@ def _run(
                 result = round_layer(source, i, job.recipe, job.target, clock, ranks.share(config.experts))
             else:
                 result = _calibrate(source, i, job, output, shape, budget, clock, ranks)
+            output.state |= {"elapsed": time.time() - started, "peak_rss_mib": peak_of(output)}
             with clock("write"):
                 write_layer(source, i, job.dense, result, output, ranks)
             on_layer(i)
@@ -180,8 +181,9 @@ def _run(
         with clock("polish"):
             settings = PolishSettings(steps=job.polish)
             polish_output(source, output, tokens.ids, job.dtype or torch.float32, settings, on_step)
-    peaks = everyone(ranks, peak_rss_mib())
-    report = _report(source, job, tokens, output, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
+    bits = job.target.bits_per_weight(config.hidden)
+    peaks = everyone(ranks, peak_of(output))
+    report = report_of(tokens, output, bits, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
     if ranks.rank == 0:
         _finish(source, job, output, report)
     everyone(ranks, None)
@@ -349,53 +351,3 @@ def _calibrate(
         after.flush()
     result.report["tokens"] = torch.bincount(routed.index.flatten(), minlength=config.experts).tolist()
     return result
-
-
-def _report(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, seconds: float) -> dict[str, Any]:
-    config = source.config
-    layers = output.state["layers"]
-    entries = [(i, e) for i, layer in enumerate(layers) for e in layer.get("experts", [])]
-    return {
-        "schema": 1,
-        "settings": output.state["settings"],
-        "calibration": None
-        if tokens is None
-        else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
-        "expert_bits_per_weight": job.target.bits_per_weight(config.hidden),
-        "source_is_mxfp4": output.state["source_is_mxfp4"],
-        "mean_output_error": _mean([e["output_error"] for _, e in entries if e["output_error"] is not None]),
-        "bytes": output.state["bytes"],
-        "crc32": output.state["crc32"],
-        "experts_without_tokens": [[i, e["expert"]] for i, e in entries if e["tokens"] == 0],
-        "experts_under_50_tokens": [[i, e["expert"]] for i, e in entries if 0 < e["tokens"] < 50],
-        "hessians_with_extra_damping": [
-            [i, e["expert"], e["extra_damping"]] for i, e in entries if "extra_damping" in e
-        ],
-        "polish": output.state.get("polish"),
-        "layers": layers,
-        "seconds": round(seconds, 1),
-        "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
-        "peak_rss_mib": peak_rss_mib(),
-        "memory": output.state["budget"],
-        "machine": {
-            "cpu_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        },
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def peak_rss_mib() -> int | None:
-    """Return the process's peak resident memory in MiB since its start; None where /proc does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) // 1024
-    except OSError:
-        return None
-    return None

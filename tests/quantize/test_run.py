@@ -301,7 +301,13 @@ def test_resumed_twice(tiny, undisturbed, tmp_path):
     for layer, resume in ((0, False), (1, True)):
         with pytest.raises(KeyboardInterrupt):
             quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, on_layer=stop_at(layer), resume=resume)
-    quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, resume=True)
+    state = tmp_path / "out.partial" / "state.json"
+    known = json.loads(state.read_text())
+    assert 0 < known["elapsed"] and known["peak_rss_mib"] > 10
+    state.write_text(json.dumps(known | {"elapsed": 1000.0, "peak_rss_mib": 10**7}))
+    report = quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, resume=True)
+    # time and memory of all three processes
+    assert 1000 < report["seconds"] < 1100 and report["peak_rss_mib"] == 10**7
     assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(undisturbed("gptq")[0]))
 
 

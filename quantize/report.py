@@ -1,0 +1,67 @@
+"""quantization_report.json: settings, hashes, tokens and errors per layer and expert, time and memory."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from gptoss_quantize.calibration.text import Tokens
+from gptoss_quantize.quantize.output import Output
+
+
+def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float) -> dict[str, Any]:
+    """Return the report of a run with all layers done: `bits` per expert weight, `seconds` of all its processes."""
+    layers = output.state["layers"]
+    entries = [(i, e) for i, layer in enumerate(layers) for e in layer.get("experts", [])]
+    return {
+        "schema": 1,
+        "settings": output.state["settings"],
+        "calibration": None
+        if tokens is None
+        else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
+        "expert_bits_per_weight": bits,
+        "source_is_mxfp4": output.state["source_is_mxfp4"],
+        "mean_output_error": _mean([e["output_error"] for _, e in entries if e["output_error"] is not None]),
+        "bytes": output.state["bytes"],
+        "crc32": output.state["crc32"],
+        "experts_without_tokens": [[i, e["expert"]] for i, e in entries if e["tokens"] == 0],
+        "experts_under_50_tokens": [[i, e["expert"]] for i, e in entries if 0 < e["tokens"] < 50],
+        "hessians_with_extra_damping": [
+            [i, e["expert"], e["extra_damping"]] for i, e in entries if "extra_damping" in e
+        ],
+        "polish": output.state.get("polish"),
+        "layers": layers,
+        "seconds": round(seconds, 1),
+        "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
+        "peak_rss_mib": peak_of(output),
+        "memory": output.state["budget"],
+        "machine": {
+            "cpu_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        },
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def peak_of(output: Output) -> int | None:
+    """Return the highest peak of the processes that this run has had."""
+    peaks = [peak for peak in (output.state.get("peak_rss_mib"), peak_rss_mib()) if peak is not None]
+    return max(peaks, default=None)
+
+
+def peak_rss_mib() -> int | None:
+    """Return the process's peak resident memory in MiB since its start; None where /proc does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) // 1024
+    except OSError:
+        return None
+    return None
