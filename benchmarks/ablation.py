@@ -11,13 +11,16 @@ goes on.
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
-from blocks import Block, block_error, collect, load_ids, quantized, target_of
-
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.quantize.recipes import RECIPES, override
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from blocks import Block, block_error, collect, load_ids, quantized, target_of
 
 WHOLE = "the whole recipe (gptq)"
 # row -> (method, settings)
@@ -39,7 +42,12 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "no asymmetric target": ("gptq", ["asymmetric=0"]),
     "asymmetric target 1.0": ("gptq", ["asymmetric=1"]),
     "awq+gptq": ("awq+gptq", []),
+    "awq+gptq, half the fold": ("awq+gptq", ["awq_strength=0.5"]),
+    "awq+gptq, a quarter of the fold": ("awq+gptq", ["awq_strength=0.25"]),
+    "awq+gptq, half, gate_up alone": ("awq+gptq", ["awq_strength=0.5", "awq_down=false"]),
     "awq": ("awq", []),
+    "rtn-signed": ("rtn-signed", []),
+    "rtn": ("rtn", []),
 }
 
 
@@ -92,7 +100,7 @@ def main() -> None:
         before = json.loads(args.out.read_text())
         record = before if before["settings"] == settings else record
     blocks = collect(source, load_ids(args.model, args.tokens, args.eval_tokens), layers)
-    for name in args.only or ROWS:
+    for name in dict.fromkeys([WHOLE, *args.only]) if args.only else ROWS:
         if name not in record["rows"]:
             record["rows"][name] = run_row(blocks, source, name, args.group_size)
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

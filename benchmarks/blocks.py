@@ -124,6 +124,8 @@ def rewrite(
     expert: Callable[[int, int, Expert], Expert] = lambda _, __, expert: expert,
 ) -> None:
     """Write a changed copy of a model with bfloat16 experts, layer by layer; names given to `dense` are full ones."""
+    final, dest = dest, dest.with_name(dest.name + ".partial")
+    shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir(parents=True)
     config, weight_map = source.config, {}
     outer = [n for n in source.shapes() if not n.startswith("model.layers.")]
@@ -150,6 +152,7 @@ def rewrite(
     for path in source.path.iterdir():
         if path.suffix in (".json", ".jinja") and "index" not in path.name and path.name != "config.json":
             shutil.copyfile(path, dest / path.name)
+    dest.rename(final)
 
 
 def with_fields(recipe: Recipe, **changes: object) -> Recipe:

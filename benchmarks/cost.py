@@ -51,8 +51,9 @@ def run(command: list[str], log: Path) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     """Return where the numbers come from."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=False).stdout
+    git = {"cwd": Path(__file__).parent, "capture_output": True, "check": False}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], text=True, **git).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain"], **git).stdout
     return {
         "cpu": cpu.rpartition(": ")[2],
         "cores": os.cpu_count(),

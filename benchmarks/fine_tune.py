@@ -12,18 +12,22 @@ Prints a Markdown table; OUT/fine_tune.json holds the numbers.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
-from blocks import load_ids, rewrite
 from rich.progress import Progress
 
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.quantize.recipes import RECIPES, Recipe, override
-from gptoss_quantize.quantize.run import Job, compute_dtype
+from gptoss_quantize.quantize.run import Job
 from gptoss_quantize.workflow import quantize_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from blocks import load_ids, rewrite
 
 WAYS: dict[str, Recipe] = {
     "RTN, floor rule (OCP)": RECIPES["rtn"],
@@ -61,7 +65,9 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=12288)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    base, tuned = args.out / "base", args.out / "tuned"
+    base = args.out / "base"
+    kind = f"{args.rank}-{args.strength}"
+    tuned = args.out / f"tuned-{kind}"
     quantize(args.model, base, RECIPES["rtn"], args.tokens)
     if not tuned.exists():
         generator = torch.Generator().manual_seed(0)
@@ -76,13 +82,12 @@ def main() -> None:
         rewrite(Checkpoint(base), tuned, expert=tune)
     candidates = {"the release itself": base}
     for number, (name, recipe) in enumerate(WAYS.items()):
-        candidates[name] = args.out / f"mxfp4-{number}"
+        candidates[name] = args.out / f"mxfp4-{kind}-{args.tokens}-{number}"
         quantize(tuned, candidates[name], recipe, args.tokens)
     _, ids = load_ids(args.model, args.tokens, args.eval_tokens)
     opened = [Checkpoint(path) for path in candidates.values()]
-    dtype = compute_dtype("cpu")
-    to_tuned = evaluate(Checkpoint(tuned), opened, ids, dtype)
-    to_base = evaluate(Checkpoint(base), opened, ids, dtype)
+    to_tuned = evaluate(Checkpoint(tuned), opened, ids, torch.float32)
+    to_base = evaluate(Checkpoint(base), opened, ids, torch.float32)
     rows = {n: {"tuned": t, "base": b} for n, t, b in zip(candidates, to_tuned, to_base, strict=True)}
     record = {"rank": args.rank, "strength": args.strength, "tokens": args.tokens, "rows": rows}
     (args.out / "fine_tune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -4,22 +4,26 @@ Usage: rotation.py MODEL OUT [--tokens 16384] [--eval-tokens 6144] [--layers 3,1
 
 Norm weights are folded into what reads them, then an orthogonal matrix Q is folded into embedding, attention, router,
 experts and head: W_in diag(norm) Q for what reads the stream, Q^T W_out for what writes it. The function and the file
-format stay as they are, and outlier channels are spread over all. OUT/rotated is the model, in bfloat16. Printed: the
-block errors (benchmarks/blocks.py) of both models under RTN and GPTQ at groups of 32 and 64, and what the rounding of
-the rotated model's own tensors to bfloat16 costs without any quantization.
+format stay as they are, and outlier channels are spread over all. OUT/rotated-KIND is the model, in bfloat16.
+Printed: the block errors (benchmarks/blocks.py) of both models under RTN and GPTQ at groups of 32 and 64, and what
+rounding the rotated model's own tensors to bfloat16 costs without any quantization.
 """
 
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
-from blocks import block_error, collect, load_ids, quantized, rewrite, target_of
 
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.quantize.recipes import RECIPES
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from blocks import block_error, collect, load_ids, quantized, rewrite, target_of
 
 READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "router.weight")
 
@@ -85,7 +89,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("hadamard", "random"), default="hadamard")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    original, rotated = Checkpoint(args.model), args.out / "rotated"
+    original, rotated = Checkpoint(args.model), args.out / f"rotated-{args.kind}"
     if not rotated.exists():
         rotate(original, rotated, orthogonal(original.config.hidden, args.kind))
     layers, ids = [int(x) for x in args.layers.split(",")], load_ids(args.model, args.tokens, args.eval_tokens)
@@ -106,7 +110,7 @@ def main() -> None:
             f"| {method} | {group} | {means['o']:.5f} | {means['r']:.5f} | {means['r'] / means['o']:.3f} |",
             flush=True,
         )
-        (args.out / "rotation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (args.out / f"rotation-{args.kind}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

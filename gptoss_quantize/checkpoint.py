@@ -199,8 +199,7 @@ class Checkpoint:
         return self.read(f"{base}{part}_proj_bias", expert)
 
     def _int4(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        codes = int4.unpack(self.read(name + "_weight_packed"))
-        return int4.dequantize(codes, self.read(name + "_weight_scale"), dtype)
+        return int4.weights(self.read(name + "_weight_packed"), self.read(name + "_weight_scale"), dtype)
 
     def _fused(self, name: str, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return [rows, columns] of one expert from a fused float or MXFP4 tensor."""

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from gptoss_quantize import __version__, cli_compare, cli_runtimes, cli_sizes
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import Dtype, console, progress
+from gptoss_quantize.terminal import KEEP_MXFP4, Dtype, console, progress
 
 
 class StoppedError(Exception):
@@ -143,7 +143,10 @@ def quantize(
     device: DeviceOpt = "auto",
     dtype: DtypeOpt = Dtype.auto,
     memory: Annotated[
-        str | None, typer.Option(help="What the process may take, such as 12GiB; 60 % of what is free without it.")
+        str | None,
+        typer.Option(
+            help="What each process may take (on a card: of its memory), such as 12GiB; by default 60 % of the free."
+        ),
     ] = None,
     polish: Annotated[
         int, typer.Option(min=0, help="Experimental: steps of end-to-end polish of scales, biases, norms; slow.")
@@ -197,7 +200,7 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
         lost = "" if error is None else f" (the experts' outputs move by {100 * error**0.5:.1f} %, rms)"
         console.print(
             f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
-            "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
+            + KEEP_MXFP4
         )
     if polish := report.get("polish"):
         console.print(

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import console
+from gptoss_quantize.terminal import KEEP_MXFP4, console
 from gptoss_quantize.units import gib, parse_size
 
 
@@ -80,6 +80,9 @@ def print_plan(record: dict[str, Any], console: Console) -> None:
     console.print(_sparsity_table(record))
     console.print(_disk_table(record))
     console.print(_card_table(record))
+    if record["source_is_mxfp4"]:
+        lossy = "The source is MXFP4, 4.25 bits already, and int4 is never lossless for it."
+        console.print(f"[yellow]{lossy}[/yellow] {KEEP_MXFP4}")
     if refusing := sorted({row["runtime"] for row in record["card"] if not row["loads"]}):
         console.print(
             f"{', '.join(refusing)} does not load --dense int8; its rows are for bf16 there", style="yellow"
@@ -133,14 +136,15 @@ def _disk_table(record: dict[str, Any]) -> Table:
 
 
 def _card_table(record: dict[str, Any]) -> Table:
-    columns = ("runtime", "context", "weights", "padding", "KV cache", "rest, est.", "sum", "fits")
+    columns = ("runtime", "context", "weights", "padding", "KV full", "KV window", "rest, est.", "sum", "fits")
     table = _table(f"GiB on a card of {gib(record['gpu_memory'])}, one sequence", *columns)
     for row in record["card"]:
         parts = row["parts"]
         sizes = (
             parts["experts"] + parts["other weights"],
             parts["padding"],
-            parts["KV cache, full layers"] + parts["KV cache, windowed layers"],
+            parts["KV cache, full layers"],
+            parts["KV cache, windowed layers"],
             parts["runtime (estimate)"],
             parts["total"],
         )

@@ -69,10 +69,12 @@ def attention(
     k = apply_rope(project("k").view(N, S, -1, d).transpose(1, 2), *rope)
     v = project("v").view(N, S, -1, d).transpose(1, 2)
     sinks = layer["self_attn.sinks"].to(dtype).view(1, -1, 1, 1).expand(N, -1, S, 1)
-    q = torch.cat((q * d**-0.5, sinks), dim=-1)
-    k = functional.pad(k, (0, 1, 0, 1))
+    # fused kernels on a card take head dimensions in steps of 8; zeros change nothing
+    more = -(d + 1) % 8 if x_NSD.device.type == "cuda" else 0
+    q = functional.pad(torch.cat((q * d**-0.5, sinks), dim=-1), (0, more))
+    k = functional.pad(k, (0, 1 + more, 0, 1))
     k[:, :, S, d] = 1
-    v = functional.pad(v, (0, 1, 0, 1))
+    v = functional.pad(v, (0, 1 + more, 0, 1))
     groups = config.heads // config.kv_heads
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 

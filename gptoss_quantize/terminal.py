@@ -7,6 +7,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True)
 
+KEEP_MXFP4 = "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
+
 
 class Dtype(StrEnum):
     """Dtype of matrix products."""

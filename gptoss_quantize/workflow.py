@@ -37,7 +37,7 @@ from gptoss_quantize.kernels import int4
 from gptoss_quantize.loading import load
 from gptoss_quantize.plan import PlanRequest, disk, fits, serve_command, shard_tensors, sparsity
 from gptoss_quantize.quantize.awq import FOLDED
-from gptoss_quantize.quantize.budget import memory_plan
+from gptoss_quantize.quantize.budget import memory_plan, release_memory
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.polish import FINAL, NORMS
 from gptoss_quantize.quantize.ranks import joined
@@ -87,6 +87,7 @@ def quantize_model(
         )
     if ranks.rank:
         return report
+    release_memory()
     may_change = (FOLDED if job.recipe.awq else ()) + ((*NORMS, FINAL) if job.polish else ())
     changed = summary(changed_outside_experts(source, Checkpoint(job.dest), may_change))
     if changed["different"]:
@@ -244,13 +245,17 @@ def plan_model(wanted: PlanRequest) -> dict[str, Any]:
     source = None if wanted.model in SIZES else open_checkpoint(wanted.model)
     config = parse_config(gptoss_config(wanted.model), wanted.model) if source is None else source.config
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    stored = set() if source is None else set(source.names())
+    if source is not None and source.dense_format == "int8":
+        wanted = replace(wanted, dense="int8")
 
     def dense_dtype(name: str) -> str:
-        return "BF16" if source is None else names[source.info(name).dtype]
+        return names[source.info(name).dtype] if source is not None and name in stored else "BF16"
 
     group_size, compute = wanted.group_size, compute_dtype("cpu")
     record: dict[str, Any] = {
         **asdict(wanted),
+        "source_is_mxfp4": source is None or source.expert_format == "mxfp4",
         "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
         "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
         "sparsity": sparsity(wanted.model, config),

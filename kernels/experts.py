@@ -36,6 +36,18 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, limit: float, alpha: floa
     return torch.addcmul(glu, up_TF.clamp(min=-limit, max=limit), glu)
 
 
+def swiglu_slope(gate_up_TR: torch.Tensor, slope_TF: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """Return the gradient by pre-activations [T, 2F], gates then ups, for the gradient by the activations [T, F]."""
+    if native.takes(gate_up_TR, torch.bfloat16):
+        return native.swiglu_slope(gate_up_TR, slope_TF, limit, alpha)
+    raw_gate, raw_up = gate_up_TR.float().chunk(2, dim=-1)
+    gate, up, slope = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit), slope_TF.float()
+    share = torch.sigmoid(alpha * gate)
+    by_gate = slope * (up + 1) * (share + alpha * gate * share * (1 - share)) * (raw_gate <= limit)
+    by_up = slope * gate * share * (raw_up.abs() <= limit)
+    return torch.cat((by_gate, by_up), dim=-1).to(gate_up_TR.dtype)
+
+
 def gated(
     x_TD: torch.Tensor, gate_up_RD: torch.Tensor, bias_R: torch.Tensor, limit: float, alpha: float
 ) -> torch.Tensor:
@@ -79,10 +91,10 @@ def experts_torch(
     out_TD = torch.zeros_like(x_TD)
     for expert in torch.unique(index_TK).tolist():
         token, slot = tokens_of(index_TK, expert)
-        w13 = int4.dequantize(int4.unpack(packed.w13_packed[expert]), packed.w13_scale[expert], x_TD.dtype)
+        w13 = int4.weights(packed.w13_packed[expert], packed.w13_scale[expert], x_TD.dtype)
         act = gated(x_TD[token], w13, packed.w13_bias[expert].to(x_TD.dtype), limit, alpha)
         del w13
-        w2 = int4.dequantize(int4.unpack(packed.w2_packed[expert]), packed.w2_scale[expert], x_TD.dtype)
+        w2 = int4.weights(packed.w2_packed[expert], packed.w2_scale[expert], x_TD.dtype)
         y = act @ w2.T + packed.w2_bias[expert].to(x_TD.dtype)
         out_TD.index_add_(0, token, y * prob_TK[token, slot, None].to(x_TD.dtype))
     return out_TD

@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+from gptoss_quantize.kernels import native
+
 CODE_MIN, CODE_MAX = -8, 7
 CODES_PER_WORD = 8
 
@@ -59,6 +61,13 @@ def dequantize(codes_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtyp
     group = codes_RC.shape[-1] // scale_RG.shape[-1]
     grouped = codes_RC.unflatten(-1, (scale_RG.shape[-1], group)).to(torch.float32)
     return (grouped * scale_RG.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def weights(packed_RW: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights [R, C] of a packed matrix: `dequantize` of `unpack`, in one compiled pass if it can be."""
+    if dtype == torch.bfloat16 and native.takes(scale_RG, torch.bfloat16):
+        return native.dequantize(packed_RW, scale_RG)
+    return dequantize(unpack(packed_RW), scale_RG, dtype)
 
 
 def quantize(weight_RC: torch.Tensor, scale_RG: torch.Tensor) -> torch.Tensor:

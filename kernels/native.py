@@ -1,7 +1,7 @@
-"""The C++ loops of native.cpp: compiled at first use, kept in the user's cache, called through ctypes.
+"""The C++ loops of native_*.cpp: compiled at first use, kept in the user's cache, called through ctypes.
 
 Dependent column steps and fused elementwise passes are what torch runs badly on a CPU: each step is a dozen small
-operations. The source has no dependency but a C++17 compiler and takes two seconds to compile; the file in the cache
+operations. The source has no dependency but a C++17 compiler and takes some seconds to compile; the file in the cache
 is named by a hash of source, compiler, flags and processor. Without a compiler everything runs in torch, slower and
 equal but for rounding; `problem` says why, and the quantization report says which it was.
 
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
+HEADER = Path(__file__).with_name("native.h")
+SOURCES = tuple(HEADER.with_name(name) for name in ("native_solve.cpp", "native_passes.cpp"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-shared", "-fPIC")
-MAX_BLOCK = 128  # kMaxBlock of native.cpp
+MAX_BLOCK = 128  # kMaxBlock of native_solve.cpp
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -44,7 +45,8 @@ def _processor() -> str:
 def _build(compiler: str) -> Path:
     """Return the compiled library, from the cache or made now; OSError or CalledProcessError where that fails."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    key = "\0".join([SOURCE.read_text(encoding="utf-8"), version, *FLAGS, platform.machine(), _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (HEADER, *SOURCES)]
+    key = "\0".join([*texts, version, *FLAGS, platform.machine(), _processor()])
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_quantize"
     if (cache / name).is_file():
@@ -52,7 +54,8 @@ def _build(compiler: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch, name)
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        files = [*map(str, SOURCES), "-o", str(made)]
+        subprocess.run([compiler, *FLAGS, *files], check=True, capture_output=True, text=True)
         made.replace(cache / name)
     return cache / name
 
@@ -66,9 +69,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         return ctypes.CDLL(str(_build(compiler))), ""
     except subprocess.CalledProcessError as error:
-        return None, f"{compiler} could not compile {SOURCE.name}: {error.stderr.strip()[-300:]}"
+        return None, f"{compiler} could not compile {HEADER.parent}: {error.stderr.strip()[-300:]}"
     except OSError as error:
-        return None, f"{SOURCE.name} could not be compiled or loaded: {error}"
+        return None, f"{HEADER.parent} could not be compiled or loaded: {error}"
 
 
 def available() -> bool:
@@ -171,22 +174,26 @@ def search_scale(
     return scale_ENG
 
 
+_ROWS = 256
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="native")
 
 
 def _over_rows(rows: int, call: Callable[[int, int], None]) -> None:
-    """Run call(first row, rows) on as many threads as torch uses, each with its share of the rows; not for none."""
-    if not rows:
-        return
-    threads = min(torch.get_num_threads(), rows // 64)
+    """Run call(first row, rows) for parts of the rows on as many threads as torch uses; not for none.
+
+    The parts do not depend on the number of threads, so neither do sums over them.
+    """
+    parts = [(start, min(_ROWS, rows - start)) for start in range(0, rows, _ROWS)]
+    threads = min(torch.get_num_threads(), len(parts))
     if threads <= 1:
-        call(0, rows)
+        for part in parts:
+            call(*part)
         return
-    share = -(-rows // threads)
-    starts = range(0, rows, share)
-    list(_pool(len(starts)).map(lambda start: call(start, min(share, rows - start)), starts))
+    list(_pool(threads).map(lambda part: call(*part), parts))
 
 
 def takes(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
@@ -206,6 +213,52 @@ def swiglu(gate_up_TR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor
 
     _over_rows(T, part)
     return out_TF
+
+
+def swiglu_slope(gate_up_TR: torch.Tensor, slope_TF: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """Return kernels.experts.swiglu_slope [T, 2F] of bfloat16 rows [T, 2F], gates then ups."""
+    T, R = gate_up_TR.shape
+    out_TR = torch.empty_like(gate_up_TR)
+    slope_TF = slope_TF.contiguous()
+    function = _function("swiglu_slope", torch.bfloat16)
+
+    def part(start: int, rows: int) -> None:
+        where = _at(gate_up_TR[start]), _at(slope_TF[start])
+        function(*_i64(rows, R // 2), *where, ctypes.c_float(limit), ctypes.c_float(alpha), _at(out_TR[start]))
+
+    _over_rows(T, part)
+    return out_TR
+
+
+def dequantize(packed_RW: torch.Tensor, scale_RG: torch.Tensor) -> torch.Tensor:
+    """Return the bfloat16 weights [R, C] of int32 words [R, C/8] and bfloat16 scales [R, G], rounded once."""
+    R, groups = scale_RG.shape
+    columns = packed_RW.shape[1] * 8
+    packed_RW, scale_RG = packed_RW.contiguous(), scale_RG.contiguous()
+    out_RC = torch.empty(R, columns, dtype=torch.bfloat16)
+    function = _function("dequantize", torch.bfloat16)
+
+    def part(start: int, rows: int) -> None:
+        where = _at(packed_RW[start]), _at(scale_RG[start]), _at(out_RC[start])
+        function(*_i64(rows, columns, columns // groups), *where)
+
+    _over_rows(R, part)
+    return out_RC
+
+
+def scale_gradient(packed_RW: torch.Tensor, slope_RC: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return the sum over each group of codes times a bfloat16 gradient of the weights: float32 [R, G]."""
+    R, columns = slope_RC.shape
+    packed_RW, slope_RC = packed_RW.contiguous(), slope_RC.contiguous()
+    out_RG = torch.empty(R, groups)
+    function = _function("scale_gradient", torch.bfloat16)
+
+    def part(start: int, rows: int) -> None:
+        where = _at(packed_RW[start]), _at(slope_RC[start]), _at(out_RG[start])
+        function(*_i64(rows, columns, columns // groups), *where)
+
+    _over_rows(R, part)
+    return out_RG
 
 
 @dataclass(slots=True)

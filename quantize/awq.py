@@ -11,8 +11,9 @@ t = (b + 1)/(b' + 1) follows from it. Neurons whose up clamp binds on calibratio
 Shapes: D hidden, F intermediate, T sample tokens, A candidates.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -106,8 +107,12 @@ def search_input(
     config: ModelConfig,
     group_size: int,
     strength: float = 1.0,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> InputFold:
     """Return the layer's gate_up fold with the least routed, probability-weighted output error on the samples.
+
+    `samples` and `experts` may be one rank's share; `gather` returns a value of every rank, in their order. Losses
+    are added up in the order of experts, and all ranks take the fold of the first.
 
     Only gate_up is rounded while searching; its error is measured after down_proj, in the dtype of the samples.
     alpha = 0 is no fold; when nothing beats it the layer stays as it is, with gain 1. The best alpha is taken times
@@ -115,8 +120,8 @@ def search_input(
     """
     norm, router = dense["post_attention_layernorm.weight"], dense["mlp.router.weight"]
     folds = [fold_input(s, norm, router) for s in input_candidates(magnitude_D)]
-    loss_A = torch.zeros(len(ALPHAS), dtype=torch.float64)
-    for sample, expert in zip(samples, experts, strict=True):
+    loss_EA = torch.zeros(len(samples), len(ALPHAS), dtype=torch.float64)
+    for e, (sample, expert) in enumerate(zip(samples, experts, strict=True)):
         if not sample.x.shape[0]:
             continue
         dtype = sample.x.dtype
@@ -125,15 +130,16 @@ def search_input(
         for a, (scale, _, _) in enumerate(folds):
             rounded = nearest(expert.gate_up, scale, group_size, dtype)
             got = functional.linear(_act(sample.x, rounded, expert, config), down)
-            loss_A[a] += float(((got - wanted).float().square().sum(1) * sample.weight).sum())
+            loss_EA[e, a] = float(((got - wanted).float().square().sum(1) * sample.weight).sum())
+    loss_A = torch.cat(gather(loss_EA)).sum(0)
     best = int(loss_A.argmin())
     gain = float(loss_A[best] / loss_A[0]) if float(loss_A[0]) > 0 else 1.0
     if best == 0 or gain >= 1:
         return InputFold(torch.ones_like(magnitude_D), norm, router, 0.0, 1.0)
     alpha = ALPHAS[best] * strength
     (wanted_D,) = input_candidates(magnitude_D, (alpha,))
-    scale, new_norm, new_router = fold_input(wanted_D, norm, router)
-    return InputFold(scale, new_norm, new_router, alpha, gain)
+    first = gather([tensor.cpu() for tensor in fold_input(wanted_D, norm, router)])[0]
+    return InputFold(*(tensor.to(norm.device) for tensor in first), alpha, gain)
 
 
 def _act(x_TD: torch.Tensor, gate_up_RD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:

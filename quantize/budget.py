@@ -5,8 +5,8 @@ result, and for every expert that is being solved its weights with some arrays o
 does not fit beside one expert moves to a file below OUT.partial (`Spill`); what does not fit even then is refused.
 Hidden states are on disk always, where a resumed run finds them.
 
-The resolved numbers go into state.json and are used again when a run is resumed, so that codes cannot depend on how
-much memory happens to be free. Sums are float32 over blocks of fixed size, whatever the budget.
+The resolved numbers go into state.json and are used again when a run is resumed, unless it is given another --memory.
+Codes do not depend on them: sums are float32 over blocks of fixed size, whatever the budget.
 """
 
 import ctypes
@@ -51,14 +51,18 @@ class Budget:
         return self.experts_at_once * solve_bytes(config)
 
 
-def free_memory() -> int:
-    """Return the bytes that this process may still take: the system's, or its control group's where that is less."""
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that this process may take: the system's, or its control `group`'s where that is less."""
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     try:
-        text = limit.read_text(encoding="utf-8").strip()
-        if text != "max":
-            free = min(free, int(text) - int(used.read_text(encoding="utf-8")))
+        limit, used, stat = (
+            (group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current", "memory.stat")
+        )
+        if limit.strip() != "max":
+            # files in the system's cache are counted as used, and given up when memory is wanted
+            lines = dict(line.split() for line in stat.splitlines())
+            cached = int(lines.get("inactive_file", 0)) + int(lines.get("active_file", 0))
+            free = min(free, int(limit) - max(0, int(used) - cached))
     except (OSError, ValueError):
         return free
     return max(0, free)
@@ -94,6 +98,11 @@ def token_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> tuple[i
     return tokens * config.top_k * 12, tokens * config.hidden * (dtype.itemsize + 4)
 
 
+def _kept_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
+    """Return what the outputs of a rank's experts take while they wait for those of the ranks before it."""
+    return tokens * config.top_k * config.hidden * dtype.itemsize // ranks
+
+
 def needed(
     config: ModelConfig,
     tokens: int,
@@ -106,8 +115,7 @@ def needed(
     """Return about what a run needs: `base` is the process without a model."""
     routing, arrays = token_bytes(config, tokens, dtype)
     if ranks > 1:
-        # outputs of this rank's experts wait for those of the ranks before it
-        routing += tokens * config.top_k * config.hidden * dtype.itemsize // ranks
+        routing += _kept_bytes(config, tokens, dtype, ranks)
     if states == "disk":
         # the rows of the experts at work are touched, and dropped afterwards
         arrays = min(arrays, arrays * 2 * experts_at_once * config.top_k // config.experts)
@@ -151,16 +159,37 @@ def resolve(
     )
 
 
-def resolve_card(config: ModelConfig, tokens: int, dtype: torch.dtype, limit: int) -> Budget:
-    """Return the budget of a card with `limit` bytes: tokens live there, and as many experts as fit beside them."""
+def polish_bytes(config: ModelConfig, tokens: int, step_tokens: int, group_size: int | None) -> int:
+    """Return about what a polish needs beside the process: nearly all of it grows with the whole model.
+
+    Scales are kept six times: start, step, gradient, Adam's two, best. `group_size` None: no free scales (MXFP4).
+    """
+    D, F, pairs = config.hidden, config.intermediate, step_tokens * config.top_k
+    scales = 0 if group_size is None else config.experts * 3 * D * F // group_size
+    kept = pairs * 2 * (2 * F + D) + step_tokens * 4 * D
+    return config.layers * (24 * scales + kept) + 2 * 2 * config.vocab * D + tokens * 2 * D + _fixed_bytes(config)
+
+
+def resolve_card(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, limit: int, ranks: int = 1, processes: int = 1
+) -> Budget:
+    """Return the budget of a card with `limit` bytes: tokens live there, and as many experts as fit beside them.
+
+    At most a quarter of a rank's experts at a time, so that reading, copying and solving overlap, and at most what
+    three copies in this machine's memory, shared by `processes`, allow: being read, pinned, and pinned before.
+    """
     routing, arrays = token_bytes(config, tokens, dtype)
+    if ranks > 1:
+        routing += _kept_bytes(config, tokens, dtype, ranks)
     fixed, each = routing + arrays + _fixed_bytes(config), solve_bytes(config)
     if (count := (limit - fixed) // each) < 1:
         raise InputError(
             f"--device cuda with {gib(limit)}: one expert of this model at a time with {tokens} tokens needs about "
             f"{gib(fixed + each)}; give more (--memory), fewer calibration tokens (--tokens), or --device cpu"
         )
-    return Budget(bytes=limit, experts_at_once=min(config.experts, count), states="memory")
+    host = int(DEFAULT_SHARE * free_memory() / processes) // (3 * 4 * 3 * config.hidden * config.intermediate)
+    useful = max(1, min(config.experts // ranks // 4, host))
+    return Budget(bytes=limit, experts_at_once=min(useful, count), states="memory")
 
 
 def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:
@@ -218,7 +247,7 @@ class Spill:
         except OSError as error:
             raise InputError(
                 f"{path}: {gib(size)} for the tokens of a layer cannot be taken ({error}); free some space and run "
-                "the same command with --resume, or give more --memory"
+                "the same command with --resume, or with --resume and more --memory"
             ) from None
         self._used = 0
 

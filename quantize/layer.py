@@ -38,6 +38,7 @@ class Routed:
     drop: Callable[[], None] = lambda: None  # called after each batch of experts, to make room for the next
     experts: range | None = None  # those that are quantized here; None: all
     later: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # see `add`
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # the values of all ranks, in their order
 
     def add(self, rows_n: torch.Tensor, y_nD: torch.Tensor, prob_n: torch.Tensor) -> None:
         """Add an expert's weighted output to the block's, or keep it where other ranks' experts come first."""
@@ -73,6 +74,8 @@ class Clock:
         try:
             yield
         finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -151,16 +154,18 @@ def calibrated_layer(
     job = _Job(config, routed, recipe, fmt, clock, None)
     result = LayerResult()
     device = routed.x.device
+    mine = range(config.experts) if routed.experts is None else routed.experts
     if recipe.awq:
         with clock("awq search"):
             fold = awq.search_input(
-                [job.sample(e) for e in range(config.experts)],
-                (_to(expert, device) for expert in source.experts(index)),
+                [job.sample(e) for e in mine],
+                (_to(source.expert(index, e), device) for e in mine),
                 _mean_magnitude(routed.x),
                 dense,
                 config,
                 fmt.group_size,
                 recipe.awq_strength,
+                routed.gather,
             )
         job.input_scale = fold.scale if fold.alpha else None
         result.report["awq"] = {"alpha": fold.alpha, "gain": fold.gain}
@@ -169,7 +174,6 @@ def calibrated_layer(
             result.tensors["mlp.router.weight"] = fold.router
             result.report["awq"]["routing_unchanged"] = _same_routing(job, fold.router, dense["mlp.router.bias"])
     entries: list[dict[str, Any]] = []
-    mine = range(config.experts) if routed.experts is None else routed.experts
     stream = stream_experts(source, index, chunks(mine, experts_at_once), device)
     while True:
         with clock("read"):

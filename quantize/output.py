@@ -111,7 +111,8 @@ class HiddenFile:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]):
         self.path, self.shape = path, shape
-        path.touch()
+        with _writing(path):
+            path.touch()
 
     def _place(self, part: slice) -> tuple[int, tuple[int, int, int]]:
         _, positions, hidden = self.shape
@@ -195,9 +196,11 @@ class Output:
             return
         if resume and overwrite:
             raise InputError("--resume and --overwrite contradict each other; give one of them")
-        self._check_dest(overwrite)
+        if not (resume and self.partial.exists()):
+            self._check_dest(overwrite)
         self.state = {
             "settings": settings,
+            "overwrite": overwrite,
             "layers": [],
             "weight_map": {},
             "crc32": {},
@@ -209,6 +212,15 @@ class Output:
                 self._take_over(resume, overwrite)
         elif resume:
             raise InputError(f"{self.partial}: nothing to resume; run without --resume")
+        if resume:
+            # a run that was to replace OUT still is
+            begun = bool(self.state.get("overwrite"))
+            if not begun and os.path.lexists(self.dest):
+                raise InputError(
+                    f"{self.dest}: already exists, and this run was not begun with --overwrite; move it away and run "
+                    "the same command again"
+                )
+            self._check_dest(begun)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             (self.partial / ".writable").write_bytes(b"")
@@ -351,4 +363,5 @@ class Output:
         # the state last; a run that is interrupted even later is resumed from the report
         for leftover in ("hidden-0.bin", "hidden-1.bin", POLISHED_NAME, "state.json"):
             (self.partial / leftover).unlink(missing_ok=True)
-        publish(self.partial, self.dest)
+        with _writing(self.dest):
+            publish(self.partial, self.dest)

@@ -12,7 +12,7 @@ values with the lowest KL there are kept, and if that is no less than before, no
 Shapes: N sequences, S positions, D hidden, V vocabulary; R rows, C columns, G groups.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch.nn import functional
 
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.kernels import int4, mxfp4
+from gptoss_quantize.kernels import int4
 from gptoss_quantize.kernels.experts import tokens_of
 from gptoss_quantize.model import attend, mlp_input, rms_norm, rope_tables, router
+from gptoss_quantize.quantize.polish_expert import ExpertOutput, Kept, Matrix, by_halves, int4_matrix, mxfp4_matrix
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 FINAL = "model.norm.weight"
@@ -93,40 +94,26 @@ def free_values(tensors: dict[str, torch.Tensor]) -> dict[str, Free]:
     return found
 
 
-class _Dequantize(torch.autograd.Function):
-    """codes * scale with a gradient for the scales alone."""
-
-    @staticmethod
-    def forward(ctx: Any, codes_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        ctx.save_for_backward(codes_RC)
-        ctx.groups = scale_RG.shape[-1]
-        grouped = codes_RC.to(dtype).unflatten(-1, (ctx.groups, -1))
-        # the scales are bfloat16 values: one rounding, as in int4.dequantize
-        return grouped.mul_(scale_RG.to(dtype).unsqueeze(-1)).flatten(-2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        (codes_RC,) = ctx.saved_tensors
-        product = codes_RC.to(grads[0].dtype).mul_(grads[0])
-        return None, product.unflatten(-1, (ctx.groups, -1)).sum(-1, dtype=torch.float32), None
-
-
-def _experts(
-    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], experts: int, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield (gate_up [2F, D], its bias, down [D, F], its bias) of every expert, with gradients to the free values."""
-    for e in range(experts):
-        out = []
-        for short, long in (("w13", "gate_up_proj"), ("w2", "down_proj")):
-            base = f"mlp.experts.{e}.{short}_"
-            if base + "weight_packed" in tensors:
-                codes = int4.unpack(tensors[base + "weight_packed"])
-                out += [_Dequantize.apply(codes, values[base + "weight_scale"], dtype), values[base + "bias"]]
-            else:
-                fused = f"mlp.experts.{long}_"
-                weight = mxfp4.decode(tensors[fused + "blocks"][e], tensors[fused + "scales"][e], dtype)
-                out += [weight, values[fused + "bias"][e]]
-        yield out[0], out[1].to(dtype), out[2], out[3].to(dtype)
+def _expert(
+    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], expert: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, Matrix, Matrix]:
+    """Return (scales, bias of gate_up; scales, bias of down; both matrices), gate_up sorted into gates, then ups."""
+    matrices: list[Matrix] = []
+    found: list[torch.Tensor | None] = []
+    for short, long in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+        base, fused = f"mlp.experts.{expert}.{short}_", f"mlp.experts.{long}_"
+        order = by_halves if short == "w13" else (lambda rows: rows)
+        if base + "weight_packed" in tensors:
+            scale = order(values[base + "weight_scale"])
+            matrices.append(int4_matrix(order(tensors[base + "weight_packed"]), scale.shape[1], dtype))
+            found += [scale, order(values[base + "bias"])]
+        else:
+            parts = (order(tensors[fused + part][expert]) for part in ("blocks", "scales"))
+            matrices.append(mxfp4_matrix(*parts, dtype))
+            found += [None, order(values[fused + "bias"][expert])]
+    scale13, bias13, scale2, bias2 = found
+    assert bias13 is not None and bias2 is not None
+    return scale13, bias13, scale2, bias2, matrices[0], matrices[1]
 
 
 def run_layer(
@@ -135,8 +122,12 @@ def run_layer(
     tensors: dict[str, torch.Tensor],
     hidden_NSD: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor],
+    kept: dict[tuple[int, int], list[Kept]] | None = None,
 ) -> torch.Tensor:
-    """Return the residual stream after layer `index`: `model.hidden_states` for one layer, with gradients."""
+    """Return the residual stream after layer `index`: `model.hidden_states` for one layer, with gradients.
+
+    `kept` passes the experts' inner results from a forward pass to the backward pass over the same tokens.
+    """
     config, dtype = student.config, student.dtype
     values = {name: free.value() for name, free in student.free[index].items()}
     dense = tensors | {name: values[name] for name in NORMS}
@@ -146,17 +137,14 @@ def run_layer(
     index_TK, prob_TK = router(x, dense, config)
     x = x.to(dtype)
     out = torch.zeros_like(flat)
-    for e, (gate_up, gate_up_bias, down, down_bias) in enumerate(_experts(tensors, values, config.experts, dtype)):
+    for e in range(config.experts):
         token, slot = tokens_of(index_TK, e)
         if not token.numel():
             continue
-        weight = torch.cat((gate_up[0::2], gate_up[1::2]))
-        bias = torch.cat((gate_up_bias[0::2], gate_up_bias[1::2]))
-        gate, up = functional.linear(x[token], weight, bias).chunk(2, dim=-1)
-        gate = gate.clamp(max=config.swiglu_limit)
-        up = up.clamp(-config.swiglu_limit, config.swiglu_limit) + 1
-        y = functional.linear(up * gate * torch.sigmoid(config.swiglu_alpha * gate), down, down_bias)
-        out = out.index_add(0, token, y.float() * prob_TK[token, slot, None])
+        here = [] if kept is None else kept.setdefault((index, e), [])
+        arguments = (*_expert(tensors, values, e, dtype), config, here)
+        y = ExpertOutput.apply(x.index_select(0, token), prob_TK[token, slot], *arguments)
+        out = out.index_add(0, token, y)
     return h + out.view_as(h)
 
 
@@ -200,12 +188,13 @@ def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor)
     """Return the mean KL and leave its gradient in the `grad` of every free value's `step`."""
     config, tokens = student.config, ids_NS.numel()
     rope = rope_tables(config, ids_NS.shape[1], str(student.embedding.device))
-    inputs = []
+    inputs: list[torch.Tensor] = []
+    kept: dict[tuple[int, int], list[Kept]] = {}
     with torch.no_grad():
         h = functional.embedding(ids_NS, student.embedding).float()
         for i in range(config.layers):
             inputs.append(h)
-            h = run_layer(student, i, student.layer(i), h, rope)
+            h = run_layer(student, i, student.layer(i), h, rope, kept)
     with torch.enable_grad():
         h.requires_grad_()
         final = rms_norm(h, student.free[-1][FINAL].value(), config.rms_eps)
@@ -214,7 +203,9 @@ def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor)
         slope = _grad(h)
         for i in reversed(range(config.layers)):
             h = inputs.pop().requires_grad_()
-            run_layer(student, i, student.layer(i), h, rope).backward(slope)
+            run_layer(student, i, student.layer(i), h, rope, kept).backward(slope)
+            for e in range(config.experts):
+                kept.pop((i, e), None)
             slope = _grad(h)
     return loss / tokens
 

@@ -22,6 +22,7 @@ from gptoss_quantize.errors import InputError
 
 # a rank may solve for long while the others wait; one that dies closes its connections and is noticed at once
 TIMEOUT = timedelta(hours=6)
+ROWS = 8192  # sent at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +73,13 @@ def _lost() -> Iterator[None]:
     """Turn a broken connection into a message that says how to go on."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ConnectionError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"another rank was lost ({first}); its own message says why. Start the same command again with --resume, "
-            "with any number of ranks"
+            f"the ranks cannot talk to each other any more ({first}); if one has ended, its own message says why. "
+            "Start the same command again with --resume, with any number of ranks"
         ) from error
 
 
@@ -85,24 +88,39 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
 
 
-def exchange_rows(ranks: Ranks, tensors: list[torch.Tensor], items: int, rows_per_item: int) -> None:
+def _broadcast_rows(tensor: torch.Tensor, source: int, drop: Callable[[], None]) -> None:
+    """Send rows from one rank to all, piece by piece, with `drop` after each: it may be larger than memory."""
+    for rows in tensor.split(ROWS):
+        dist.broadcast(_bytes(rows), src=source)
+        drop()
+
+
+def exchange_rows(
+    ranks: Ranks,
+    tensors: list[torch.Tensor],
+    items: int,
+    rows_per_item: int,
+    drop: Callable[[], None] = lambda: None,
+) -> None:
     """Complete tensors of which every rank has filled the rows of its share of `items`."""
     with _lost():
         for rank in range(ranks.count if ranks.count > 1 else 0):
             part = ranks.share(items, rank)
             for tensor in tensors if len(part) else []:
                 rows = tensor[part.start * rows_per_item : part.stop * rows_per_item]
-                dist.broadcast(_bytes(rows), src=rank)
+                _broadcast_rows(rows, rank, drop)
 
 
-def in_turn(ranks: Ranks, tensor: torch.Tensor, add: Callable[[], None]) -> None:
+def in_turn(
+    ranks: Ranks, tensor: torch.Tensor, add: Callable[[], None], drop: Callable[[], None] = lambda: None
+) -> None:
     """Let one rank after the other add to a tensor, in their order; all have the sum afterwards."""
     for rank in range(ranks.count):
         if rank == ranks.rank:
             add()
         if ranks.count > 1:
             with _lost():
-                dist.broadcast(tensor, src=rank)
+                _broadcast_rows(tensor, rank, drop)
 
 
 def gather_tensors(ranks: Ranks, owner: int, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

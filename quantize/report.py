@@ -33,9 +33,11 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
         ],
         "polish": output.state.get("polish"),
         "layers": layers,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
         "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},
         "peak_rss_mib": peak_of(output),
+        # of this process, on a card
+        "peak_card_mib": torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_initialized() else None,
         "memory": output.state["budget"],
         "machine": {
             "cpu_threads": torch.get_num_threads(),

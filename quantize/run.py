@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -25,6 +26,7 @@ from gptoss_quantize.quantize.budget import (
     CARD_SHARE,
     Budget,
     make_room,
+    polish_bytes,
     release_memory,
     resolve,
     resolve_card,
@@ -41,6 +43,7 @@ from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.report import peak_of, report_of
 from gptoss_quantize.quantize.scales import on_mxfp4_grid
 from gptoss_quantize.quantize.writing import columns_beside_groups, write_embedded, write_layer, write_outer
+from gptoss_quantize.units import gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,9 @@ def pick_device(device: str) -> str:
         raise InputError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
     if device != "cpu" and not device.startswith("cuda"):
         raise InputError(f"--device {device}: expected auto, cpu or cuda")
+    number = device.removeprefix("cuda").removeprefix(":")
+    if device != "cpu" and number and not (number.isdigit() and int(number) < torch.cuda.device_count()):
+        raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} card(s), cuda:0 is the first")
     return device
 
 
@@ -107,7 +113,7 @@ def quantize_checkpoint(
     job = replace(job, device=device, dtype=job.dtype or compute_dtype(device))
     settings = _settings(source, job, tokens)
     if device.startswith("cuda") and ranks.count > 1:
-        job = replace(job, device=f"cuda:{ranks.local_rank}")
+        job = replace(job, device=pick_device(f"cuda:{ranks.local_rank}"))
     output = _begin(source, job, tokens, settings, ranks)
     with alone(output.partial) if ranks.rank == 0 else nullcontext():
         return _run(source, job, tokens, output, on_layer, on_step, ranks)
@@ -135,7 +141,26 @@ def _begin(source: Checkpoint, job: Job, tokens: Tokens | None, settings: dict[s
             raise InputError(
                 f"rank {rank} sees another {', '.join(names)} than rank 0; all ranks need the same options and files"
             )
+    if ranks.count > 1:
+        _check_shared(found[0].partial, ranks)
     return found[0]
+
+
+def _check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise InputError on all ranks unless they all see rank 0's folder: hidden states and shards pass through it."""
+    mark = everyone(ranks, uuid4().hex)[0]
+    path = folder / ".shared"
+    if ranks.rank == 0:
+        path.write_text(mark, encoding="utf-8")
+    everyone(ranks, None)
+    seen = everyone(ranks, path.is_file() and path.read_text(encoding="utf-8") == mark)
+    if ranks.rank == 0:
+        path.unlink()
+    if not all(seen):
+        raise InputError(
+            f"rank {seen.index(False)} does not see rank 0's {folder}; "
+            "ranks on several machines need OUT on a file system that they share"
+        )
 
 
 def _run(
@@ -176,6 +201,7 @@ def _run(
             output.state |= {"elapsed": time.time() - started, "peak_rss_mib": peak_of(output)}
             with clock("write"):
                 write_layer(source, i, job.dense, result, output, ranks)
+            del result
             on_layer(i)
     if job.polish and tokens is not None and ranks.rank == 0:
         with clock("polish"):
@@ -216,7 +242,7 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
                 f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
                 f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
             )
-    _check_options(source, job)
+    _check_options(source, job, tokens)
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
     if tokens is not None and int(tokens.ids.max()) >= config.vocab:
@@ -226,7 +252,7 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
         )
 
 
-def _check_options(source: Checkpoint, job: Job) -> None:
+def _check_options(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
     """Raise InputError for options that do not go together, or not with this model."""
     if job.dense not in ("source", "int8"):
         raise InputError(f"--dense {job.dense}: expected source or int8")
@@ -237,6 +263,8 @@ def _check_options(source: Checkpoint, job: Job) -> None:
         )
     if job.polish and not job.recipe.calibrated:
         raise InputError(f"--polish needs a method that looks at calibration text; {job.method} does not, use gptq")
+    if job.polish and tokens is not None and len(tokens.ids) < 2:
+        raise InputError("--polish needs at least two sequences, one of them held out; give more --tokens")
     if job.dense == "int8" and (job.polish or job.format != "int4"):
         what = "--polish" if job.polish else f"--format {job.format}"
         raise InputError(f"--dense int8 and {what} do not go together; leave one of them out")
@@ -248,7 +276,7 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
     return {
         "version": __version__,
         "source": str(source.path.resolve()),
-        "source_files": _identity(source.files()),
+        "source_files": _identity([source.path / "config.json", *source.files()]),
         "adapter": None if adapter is None else str(adapter.resolve()),
         "adapter_files": {} if adapter is None else _identity(sorted(adapter.glob("adapter_*"))),
         "method": job.method,
@@ -260,7 +288,6 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "dense": job.dense,
         "polish": job.polish,
         "calibration": None if tokens is None else tokens.sha256,
-        "memory": job.memory,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": job.device,
     }
@@ -272,14 +299,15 @@ def _identity(files: list[Path]) -> dict[str, list[int]]:
 
 
 def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output, ranks: Ranks) -> None:
-    """Resolve the memory budget and remember it, unless the run began with one."""
-    if "budget" in output.state:
+    """Resolve the memory budget and remember it, unless the run began with one and is given no other."""
+    if "budget" in output.state and job.memory in (None, output.state["budget"]["bytes"]):
         return
     count = 0 if tokens is None else tokens.tokens
     dtype = job.dtype or compute_dtype(job.device)
     if job.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(job.device)
-        card = resolve_card(source.config, count, dtype, job.memory or int(CARD_SHARE * free))
+        limit = job.memory or int(CARD_SHARE * free)
+        card = resolve_card(source.config, count, dtype, limit, ranks.count, ranks.local_count)
         output.state["budget"] = asdict(card)
         return
     budget = resolve(
@@ -291,6 +319,14 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         ranks=ranks.count,
         processes=ranks.local_count,
     )
+    if job.polish and tokens is not None:
+        step = PolishSettings(steps=job.polish).sequences * tokens.ids.shape[1]
+        need = polish_bytes(source.config, count, step, job.group_size if job.format == "int4" else None)
+        if need > budget.bytes:
+            raise InputError(
+                f"--polish of this model needs about {gib(need)}, --memory allows {gib(budget.bytes)}; "
+                "leave --polish out, or give more"
+            )
     output.state["budget"] = asdict(budget)
 
 
@@ -323,6 +359,7 @@ def _calibrate(
         partial(make_room, drop, 0 if job.device != "cpu" else budget.bytes - budget.solving(config)),
         ranks.share(config.experts),
         [] if ranks.count > 1 else None,
+        partial(everyone, ranks),
     )
     mine = ranks.share(sequences)
     own = [slice(mine.start + b.start, mine.start + b.stop) for b in batches(len(mine), positions)]
@@ -336,11 +373,11 @@ def _calibrate(
             after.write(batch, h.cpu())
             drop()
     with clock("exchange"):
-        exchange_rows(ranks, [routed.x, routed.index, routed.prob], sequences, positions)
+        exchange_rows(ranks, [routed.x, routed.index, routed.prob], sequences, positions, drop)
     release_memory()
     result = calibrated_layer(source, index, dense, routed, job.recipe, job.target, budget.experts_at_once, clock)
     with clock("exchange"):
-        in_turn(ranks, out, routed.add_kept)
+        in_turn(ranks, out, routed.add_kept, drop)
         if ranks.count > 1:
             result.report["experts"] = [entry for part in everyone(ranks, result.report["experts"]) for entry in part]
     with clock("write"):

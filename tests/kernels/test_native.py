@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gptoss_quantize.calibration.moments import MomentSums
-from gptoss_quantize.kernels import native
-from gptoss_quantize.kernels.experts import swiglu
+from gptoss_quantize.kernels import int4, native
+from gptoss_quantize.kernels.experts import swiglu, swiglu_slope
 from gptoss_quantize.quantize import awq
 from gptoss_quantize.quantize.scales import searched_scale
 
@@ -128,6 +128,53 @@ def test_signed_rounding_for_the_awq_search():
     assert got.dtype == torch.bfloat16
     assert float((got == want).float().mean()) > 0.999
     torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rows", "columns", "group"), [(5, 64, 32), (300, 192, 64), (0, 64, 64)])
+def test_dequantizing_is_that_of_int4(rows, columns, group):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = normal(rows, columns // group, seed=1).bfloat16()
+    packed = int4.pack(codes)
+    assert torch.equal(native.dequantize(packed, scale), int4.dequantize(codes, scale, torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(int4.weights(packed, scale, dtype), int4.dequantize(codes, scale, dtype))
+    slope = normal(rows, columns, seed=2).bfloat16()
+    got = native.scale_gradient(packed, slope, columns // group)
+    want = (codes.double() * slope.double()).unflatten(-1, (-1, group)).sum(-1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_slope_of_swiglu_is_autograds(tokens):
+    # a third of the values beyond a clamp
+    gate_up = normal(tokens, 2 * 96).mul_(7).bfloat16()
+    slope = normal(tokens, 96, seed=1).bfloat16()
+    wide = gate_up.double().requires_grad_()
+    gate, up = wide[:, :96].clamp(max=7.0), wide[:, 96:].clamp(-7.0, 7.0)
+    ((up + 1) * gate * torch.sigmoid(1.702 * gate)).backward(slope.double())
+    torch.testing.assert_close(swiglu_slope(gate_up, slope, 7.0, 1.702).double(), wide.grad, rtol=2**-8, atol=1e-5)
+    plain = swiglu_slope(gate_up.float(), slope.float(), 7.0, 1.702)
+    torch.testing.assert_close(plain.double(), wide.grad, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_sums_do_not_depend_on_the_number_of_threads():
+    x, original, weight = normal(1500, 96).bfloat16(), normal(1500, 96, seed=1).bfloat16(), torch.rand(1500)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums = MomentSums(96)
+            sums.add(x, weight, original)
+            found.append(sums.finish(paired=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for name in ("mean", "hessian", "drift", "original_mean"):
+            assert torch.equal(getattr(other, name), getattr(found[0], name)), name
 
 
 def test_wrong_tensors_are_refused():

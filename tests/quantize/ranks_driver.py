@@ -35,7 +35,7 @@ def work(rank: int, port: int, scenario: dict, model: str, ids: list, out: Path)
         method=scenario["method"],
         recipe=recipe,
         device="cpu",
-        dtype=torch.float32,
+        dtype=getattr(torch, scenario.get("dtype", "float32")),
         resume=scenario.get("resume", False),
         # only one rank may disagree
         dense="int8" if scenario.get("other") == rank else "source",

@@ -25,6 +25,7 @@ SCENARIOS = [
     {"ranks": 2, "method": "rtn", "dest": "other", "other": 1},
     {"ranks": 2, "method": "rtn", "dest": "two"},
     {"ranks": 3, "method": "rtn", "dest": "fused", "format": "mxfp4"},
+    {"ranks": 2, "method": "awq+gptq", "dest": "folded", "dtype": "bfloat16"},
 ]
 
 
@@ -45,7 +46,7 @@ def single(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("single")
 
     @cache
-    def make(method, kind):
+    def make(method, kind, dtype):
         tokens = tiny.tokens(7)
         tokens = type(tokens)(ids=tokens.ids, sha256="driver", source="driver", documents=1, separator=None)
         options = {
@@ -53,9 +54,9 @@ def single(tiny, tmp_path_factory):
             "format": kind,
             "group_size": 32,
             "device": "cpu",
-            "dtype": torch.float32,
+            "dtype": getattr(torch, dtype),
         }
-        job = Job(dest=root / (method + kind), method=method, **options)
+        job = Job(dest=root / (method + kind + dtype), method=method, **options)
         report = quantize_checkpoint(
             Checkpoint(tiny.path("bf16")), job, tokens if RECIPES[method].calibrated else None
         )
@@ -70,12 +71,13 @@ def files(tiny, path):
 
 @pytest.mark.parametrize(
     ("number", "dest", "method"),
-    [(0, "two", "gptq"), (2, "lost", "gptq"), (3, "rounded", "rtn"), (6, "fused", "rtn")],
+    [(0, "two", "gptq"), (2, "lost", "gptq"), (3, "rounded", "rtn"), (6, "fused", "rtn"), (7, "folded", "awq+gptq")],
 )
 def test_the_same_bits_as_one_process(tiny, ran, single, number, dest, method):
     root, messages = ran
     assert set(messages[number]) == {"done"}
-    expected, report = single(method, SCENARIOS[number].get("format", "int4"))
+    scenario = SCENARIOS[number]
+    expected, report = single(method, scenario.get("format", "int4"), scenario.get("dtype", "float32"))
     assert files(tiny, root / dest) == expected
     ours = json.loads((root / dest / "quantization_report.json").read_text())
     theirs = json.loads(json.dumps(report["layers"]))
@@ -91,7 +93,7 @@ def test_a_lost_rank_is_an_error_of_the_others(ran):
     # rank 1 was killed after the first layer, 3 ranks went on from there (scenario 2)
     survivor, dead = ran[1][1]
     assert dead == ""
-    assert "another rank was lost" in survivor
+    assert "the ranks cannot talk to each other any more" in survivor
     assert "--resume, with any number of ranks" in survivor
 
 
@@ -109,7 +111,7 @@ def test_what_rank_0_refuses_is_refused_by_all(ran):
 
 
 def test_nothing_is_left_behind(ran):
-    assert sorted(p.name for p in ran[0].iterdir()) == ["fused", "lost", "other.partial", "rounded", "two"]
+    assert sorted(p.name for p in ran[0].iterdir()) == ["folded", "fused", "lost", "other.partial", "rounded", "two"]
 
 
 @pytest.mark.parametrize("items", [0, 1, 5, 32, 128])

@@ -128,7 +128,8 @@ def test_report(tiny, undisturbed, method):
     assert settings["source"] == str(tiny.path("bf16").resolve())
     assert (settings["method"], settings["group_size"], settings["device"]) == (method, 64, "cpu")
     assert settings["recipe"]["gptq"] == method.endswith("gptq")
-    assert settings["source_files"].keys() == {p.name for p in tiny.path("bf16").glob("*.safetensors")}
+    weights = {p.name for p in tiny.path("bf16").glob("*.safetensors")}
+    assert settings["source_files"].keys() == {"config.json", *weights}
     assert report["expert_bits_per_weight"] == 4.25
     assert not report["source_is_mxfp4"]
     errors = [e["output_error"] for layer in report["layers"] for e in layer.get("experts", [])]
@@ -303,7 +304,7 @@ def test_resumed_twice(tiny, undisturbed, tmp_path):
             quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, on_layer=stop_at(layer), resume=resume)
     state = tmp_path / "out.partial" / "state.json"
     known = json.loads(state.read_text())
-    assert 0 < known["elapsed"] and known["peak_rss_mib"] > 10
+    assert known["elapsed"] > 0 and known["peak_rss_mib"] > 10
     state.write_text(json.dumps(known | {"elapsed": 1000.0, "peak_rss_mib": 10**7}))
     report = quantize(tiny.path("bf16"), out, "gptq", tokens=tokens, resume=True)
     # time and memory of all three processes
@@ -319,7 +320,7 @@ def test_same_bytes_every_time(tiny, undisturbed, tmp_path):
 # ---- overwrite
 
 
-def test_overwrite(tiny, undisturbed, tmp_path):
+def test_overwrite(tiny, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(undisturbed("rtn")[0], out)
     before = tiny.snapshot(tmp_path)
@@ -333,9 +334,26 @@ def test_overwrite(tiny, undisturbed, tmp_path):
         quantize(tiny.path("bf16"), out, "rtn-signed", overwrite=True, on_layer=stop)
     # the old one stands until the new one is whole
     assert tiny.snapshot(out) == {name.removeprefix("out/"): data for name, data in before.items()}
-    quantize(tiny.path("bf16"), out, "rtn-signed", overwrite=True)
+    # an interrupted run that was to replace it still is
+    read, expert = [], Checkpoint.expert
+    monkeypatch.setattr(Checkpoint, "expert", lambda self, layer, e: read.append(layer) or expert(self, layer, e))
+    quantize(tiny.path("bf16"), out, "rtn-signed", resume=True)
+    assert set(read) == {1, 2}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert json.loads((out / "config.json").read_text())["gptoss_quantize"]["method"] == "rtn-signed"
+
+
+def test_resume_beside_a_result_that_came_later(tiny, undisturbed, tmp_path):
+    def stop(index: int) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny.path("bf16"), out, "rtn", on_layer=stop)
+    shutil.copytree(undisturbed("rtn")[0], out)
+    before = tiny.snapshot(tmp_path)
+    refused(lambda: quantize(tiny.path("bf16"), out, "rtn", resume=True), str(out), "already exists", "move it away")
+    assert tiny.snapshot(tmp_path) == before
 
 
 def test_overwrite_of_the_model_itself(tiny, tmp_path):

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from gptoss_quantize.architectures import COMPARED, gptoss_config, gptoss_counts, parameter_counts
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.cli_sizes import print_plan
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.plan import (
@@ -26,6 +28,8 @@ from gptoss_quantize.plan import (
     shard_tensors,
     sparsity,
 )
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import Job, quantize_checkpoint
 from gptoss_quantize.shards import DTYPES
 from gptoss_quantize.units import GIB, parse_size
 from gptoss_quantize.workflow import plan_model
@@ -198,3 +202,20 @@ def test_sizes():
     for text in ("", "lots", "-1GiB", "0", "12 parsecs", "GiB"):
         with pytest.raises(InputError, match=r"--memory .* expected a size"):
             parse_size(text, "--memory")
+
+
+def test_a_plan_says_what_the_release_loses_and_reads_an_int8_checkpoint(tiny, tmp_path, capsys):
+    printed = []
+    for kind in ("mxfp4", "bf16"):
+        record = plan_model(PlanRequest(model=str(tiny.path(kind)), measure=False, gpu_memory=GIB))
+        assert record["source_is_mxfp4"] == (kind == "mxfp4")
+        print_plan(record, Console(width=300))
+        printed.append(capsys.readouterr().out)
+    assert "int4 is never lossless for it. Where MXFP4 kernels exist, keep the release" in printed[0]
+    assert "keep the release" not in printed[1]
+    assert all("KV full" in text and "KV window" in text for text in printed)
+    job = Job(dest=tmp_path / "out", method="rtn", recipe=RECIPES["rtn"], group_size=32, dense="int8", device="cpu")
+    quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, None)
+    wanted = PlanRequest(model=str(tmp_path / "out"), group_size=32, measure=False, gpu_memory=GIB)
+    total = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert plan_model(wanted)["disk"]["total"] == total
