@@ -7,7 +7,7 @@ live on disk. See `quantize.output` for what survives a crash, and `quantize.lay
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,13 @@ def _begin(source: Checkpoint, job: Job, tokens: Tokens | None, settings: dict[s
 
     def begin() -> dict[str, Any]:
         output = Output(job.dest, shards, settings, stem=stem, resume=job.resume, overwrite=job.overwrite)
-        _budget(source, job, tokens, output, ranks)
+        try:
+            _budget(source, job, tokens, output, ranks)
+        except InputError:
+            # only where nothing is in it yet
+            with suppress(OSError):
+                output.partial.rmdir()
+            raise
         found.append(output)
         return output.state
 

@@ -5,16 +5,21 @@ import json
 import pytest
 import torch
 
+from gptoss_quantize.architectures import gptoss_config
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.model import hidden_states
 from gptoss_quantize.quantize import polish as module
 from gptoss_quantize.quantize import polish_output as polish_output_module
+from gptoss_quantize.quantize import run as run_module
+from gptoss_quantize.quantize.budget import polish_bytes
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.polish import FINAL, PolishSettings, Student, free_values, gradients, measure, polish
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.units import GIB
 
 
 def student_of(path) -> Student:
@@ -180,3 +185,18 @@ def test_a_polished_run_keeps_codes_and_changes_the_rest(tiny, tmp_path, monkeyp
 def test_polish_needs_text(tiny, tmp_path):
     with pytest.raises(InputError, match="--polish needs a method that looks at calibration text"):
         run(tiny, tmp_path / "out", method="rtn", recipe=RECIPES["rtn"])
+
+
+def test_polish_without_room_or_text_is_refused_before_any_work(tiny, tmp_path, monkeypatch):
+    job = Job(dest=tmp_path / "out", method="gptq", recipe=RECIPES["gptq"], device="cpu", polish=3)
+    with pytest.raises(InputError, match="--polish needs at least two sequences, one of them held out"):
+        quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, tiny.tokens(1))
+    config = parse_config(gptoss_config("gpt-oss-20b"), "20b")
+    # 298 million scales, six float32 each: 6.7 GiB, and what the experts' inner results and the embedding take
+    assert 9 * GIB < polish_bytes(config, 32768, 2048, 64) < 15 * GIB
+    assert polish_bytes(config, 32768, 2048, None) < polish_bytes(config, 32768, 2048, 64) - 6 * GIB
+    source = Checkpoint(tiny.path("bf16"))
+    monkeypatch.setattr(run_module, "polish_bytes", lambda *args: 1 << 60)
+    with pytest.raises(InputError, match=r"--polish of this model needs about .* leave --polish out, or give more"):
+        quantize_checkpoint(source, job, tiny.tokens(4))
+    assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, from_first, gather_tensors, in_turn, joined
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
@@ -144,3 +145,11 @@ def test_half_an_environment_is_refused(monkeypatch):
         joined("cpu"),
     ):
         pass
+
+
+def test_ranks_that_do_not_share_the_folder_are_refused(monkeypatch, tmp_path):
+    answers = iter([["mark", "other"], [None, None], [True, False]])
+    monkeypatch.setattr(run_module, "everyone", lambda ranks, value: next(answers))
+    with pytest.raises(InputError, match=f"rank 1 does not see rank 0's {tmp_path}; .* file system that they share"):
+        run_module._check_shared(tmp_path, Ranks(rank=0, count=2))
+    assert list(tmp_path.iterdir()) == []
