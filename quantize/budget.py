@@ -117,8 +117,8 @@ def needed(
     if ranks > 1:
         routing += _kept_bytes(config, tokens, dtype, ranks)
     if states == "disk":
-        # the rows of the experts at work are touched, and dropped afterwards
-        arrays = min(arrays, arrays * 2 * experts_at_once * config.top_k // config.experts)
+        # dropped after each block or batch of tokens, whichever expert they go to
+        arrays = min(arrays, arrays * BATCH_TOKENS // tokens)
     # embedding and head are copied before the first layer, both in one file
     vocabulary = 2 * 2 * config.vocab * config.hidden
     layer = routing + arrays + _fixed_bytes(config) + experts_at_once * solve_bytes(config)

@@ -35,7 +35,8 @@ class Routed:
     index: torch.Tensor  # [T, K]
     prob: torch.Tensor  # [T, K] float32
     out: torch.Tensor  # [T, D] float32, zeros: the original block output is added up here
-    drop: Callable[[], None] = lambda: None  # called after each batch of experts, to make room for the next
+    drop: Callable[[], None] = lambda: None  # takes x and out out of memory, where they are on disk
+    make_room: Callable[[], None] = lambda: None  # called after each batch of experts
     experts: range | None = None  # those that are quantized here; None: all
     later: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # see `add`
     gather: Callable[[Any], list[Any]] = lambda value: [value]  # the values of all ranks, in their order
@@ -160,7 +161,7 @@ def calibrated_layer(
             fold = awq.search_input(
                 [job.sample(e) for e in mine],
                 (_to(source.expert(index, e), device) for e in mine),
-                _mean_magnitude(routed.x),
+                _mean_magnitude(routed),
                 dense,
                 config,
                 fmt.group_size,
@@ -182,17 +183,19 @@ def calibrated_layer(
             break
         entries += _solve_chunk(job, chunk, originals, result)
         del originals
-        routed.drop()
+        routed.make_room()
     result.report["experts"] = entries
     return result
 
 
-def _mean_magnitude(x_TD: torch.Tensor) -> torch.Tensor:
+def _mean_magnitude(routed: Routed) -> torch.Tensor:
     """Return the mean of |x| over tokens [D], in float32, without a second copy of x."""
-    total = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)
-    for rows in token_blocks(len(x_TD)):
-        total += x_TD[rows].float().abs().sum(0)
-    return (total / len(x_TD)).float()
+    count, width = routed.x.shape
+    total = torch.zeros(width, dtype=torch.float64, device=routed.x.device)
+    for rows in token_blocks(count):
+        total += routed.x[rows].float().abs().sum(0)
+        routed.drop()
+    return (total / count).float()
 
 
 def _same_routing(job: _Job, router: torch.Tensor, bias: torch.Tensor) -> float:
@@ -201,6 +204,7 @@ def _same_routing(job: _Job, router: torch.Tensor, bias: torch.Tensor) -> float:
     for rows in token_blocks(count):
         moved, _ = route(job.seen(job.routed.x[rows]).float(), router.float(), bias.float(), job.config.top_k)
         same += int((moved.sort(-1).values == job.routed.index[rows].sort(-1).values).all(-1).sum())
+        job.routed.drop()
     return same / count
 
 
@@ -225,6 +229,7 @@ def _solve_chunk(job: _Job, chunk: range, originals: list[Expert], result: Layer
             sums = job.sums(job.config.hidden)
             for rows in token_blocks(token.numel()):
                 sums.add(job.seen(job.routed.x[token[rows]]), prob[rows] ** recipe.token_power)
+                job.routed.drop()
             stats.append(sums.finish(job.routed.x.device))
             entry |= {"tokens": stats[-1].tokens, "effective_tokens": round(stats[-1].effective_tokens, 1)}
     with clock("solve"):
@@ -257,15 +262,13 @@ def _fold_down(
     for entry, e, original in zip(entries, chunk, originals, strict=True):
         token, _ = job.tokens(e)
         dtype = job.routed.x.dtype
-        up = functional.linear(
-            job.routed.x[token], original.gate_up[1::2].to(dtype), original.gate_up_bias[1::2].to(dtype)
-        )
-        # 2 % below the limit, so that rounding of the folded weights does not reach it either
-        clamped = (
-            (up.float().abs() >= 0.98 * job.config.swiglu_limit).any(0)
-            if token.numel()
-            else torch.ones(job.config.intermediate, dtype=torch.bool, device=up.device)
-        )
+        weight, bias = original.gate_up[1::2].to(dtype), original.gate_up_bias[1::2].to(dtype)
+        clamped = torch.full((job.config.intermediate,), not token.numel(), device=weight.device)
+        for rows in token_blocks(token.numel()):
+            up = functional.linear(job.routed.x[token[rows]], weight, bias)
+            # 2 % below the limit, so that rounding of the folded weights does not reach it either
+            clamped |= (up.float().abs() >= 0.98 * job.config.swiglu_limit).any(0)
+            job.routed.drop()
         folded, t, beta, gain = awq.search_down(
             job.sample(e), original, job.config, job.fmt.group_size, clamped, job.recipe.awq_strength
         )
@@ -305,6 +308,7 @@ def _down_moments(
             else:
                 # an importance per column needs no quantized input, which would take one more forward pass
                 sums.add(act, weighted[rows])
+        job.routed.drop()
     with job.clock("moments"):
         return sums.finish(job.routed.x.device, paired=full)
 

@@ -362,6 +362,7 @@ def _calibrate(
         torch.empty(count, per, dtype=torch.int64, device=job.device),
         torch.empty(count, per, dtype=torch.float32, device=job.device),
         out,
+        drop,
         partial(make_room, drop, 0 if job.device != "cpu" else budget.bytes - budget.solving(config)),
         ranks.share(config.experts),
         [] if ranks.count > 1 else None,

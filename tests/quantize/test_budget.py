@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gptoss_quantize.architectures import gptoss_config
+from gptoss_quantize.calibration import moments
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
@@ -190,3 +191,20 @@ def test_the_peak_is_in_the_report(tiny, tmp_path):
     report = quantize(tiny, tmp_path / "out", memory=8 * GIB)
     assert report["memory"]["bytes"] == 8 * GIB
     assert 50 < report["peak_rss_mib"] < 9 * 1024
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_tokens_on_disk_are_dropped_after_every_block(tiny, tmp_path, monkeypatch, method):
+    # an expert may see nearly all tokens: what it has touched must not wait for its end
+    dropped, arrays = [], run_module.token_arrays
+    monkeypatch.setattr(moments, "BLOCK_TOKENS", 8)
+
+    def counted(*args):
+        tensors, drop = arrays(*args)
+        return tensors, lambda: (dropped.append(1), drop())
+
+    monkeypatch.setattr(run_module, "token_arrays", counted)
+    report = quantize(tiny, tmp_path / "out", method)
+    blocks = sum(-(-count // 8) for layer in report["layers"] for count in layer["tokens"])
+    assert blocks > 100
+    assert len(dropped) > (3 if "awq" in method else 2) * blocks
