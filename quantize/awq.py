@@ -139,7 +139,8 @@ def search_input(
     alpha = ALPHAS[best] * strength
     (wanted_D,) = input_candidates(magnitude_D, (alpha,))
     first = gather([tensor.cpu() for tensor in fold_input(wanted_D, norm, router)])[0]
-    return InputFold(*(tensor.to(norm.device) for tensor in first), alpha, gain)
+    scale, new_norm, new_router = (tensor.to(norm.device) for tensor in first)
+    return InputFold(scale, new_norm, new_router, alpha, gain)
 
 
 def _act(x_TD: torch.Tensor, gate_up_RD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:

@@ -42,15 +42,21 @@ def damp_(hessian_EKK: torch.Tensor, tokens_E: torch.Tensor, damping: float, sta
 def factor(hessian_KK: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return (lower Cholesky factor, retries), factored in float64 and given in the Hessian's dtype.
 
-    A Hessian that will not factor gets ten times more damping until it does; the report names such experts.
+    A Hessian that will not factor gets ten times more damping until it does; the report names such experts. On a CPU
+    it is factored by one thread: of all steps this one would round differently with two (9 of 8.3 million numbers).
     """
     matrix = hessian_KK.double()
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    extra, retries = 1e-3 * float(matrix.diagonal().mean().abs()) + 1e-30, 0
-    while int(info):
-        matrix.diagonal().add_(extra)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
         lower, info = torch.linalg.cholesky_ex(matrix)
-        extra, retries = extra * 10, retries + 1
+        extra, retries = 1e-3 * float(matrix.diagonal().mean().abs()) + 1e-30, 0
+        while int(info):
+            matrix.diagonal().add_(extra)
+            lower, info = torch.linalg.cholesky_ex(matrix)
+            extra, retries = extra * 10, retries + 1
+    finally:
+        torch.set_num_threads(threads)
     return lower.to(hessian_KK.dtype), retries
 
 

@@ -108,8 +108,8 @@ def _expert(
             matrices.append(int4_matrix(order(tensors[base + "weight_packed"]), scale.shape[1], dtype))
             found += [scale, order(values[base + "bias"])]
         else:
-            parts = (order(tensors[fused + part][expert]) for part in ("blocks", "scales"))
-            matrices.append(mxfp4_matrix(*parts, dtype))
+            blocks, scales = (order(tensors[fused + part][expert]) for part in ("blocks", "scales"))
+            matrices.append(mxfp4_matrix(blocks, scales, dtype))
             found += [None, order(values[fused + "bias"][expert])]
     scale13, bias13, scale2, bias2 = found
     assert bias13 is not None and bias2 is not None

@@ -221,3 +221,18 @@ def test_inputs_are_not_changed():
     refine(weight, hessian, scale, codes)
     assert all(map(torch.equal, (weight, hessian, scale, codes), (*kept, before)))
     assert module.LEAF >= 1
+
+
+def test_factors_do_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 1537, generator=generator)
+    hessian = (x.T @ x / 2000 + 0.01 * torch.eye(1537)).double()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(factor(hessian)[0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
