@@ -482,24 +482,3 @@ def test_places_that_cannot_be_written(tiny, tmp_path):
         lambda: quantize(tiny.path("bf16"), tmp_path / "new", resume=True), "nothing to resume", "without --resume"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_card_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pick_device(device) for device in ("cuda", "cuda:0", "cuda:1")] == ["cuda", "cuda:0", "cuda:1"]
-    for device in ("cuda:2", "cuda:x", "cuda:-1"):
-        refused(lambda d=device: pick_device(d), f"--device {device}", "torch sees 2 card(s), cuda:0 is the first")
-
-
-def test_bfloat16_codes_do_not_depend_on_the_number_of_threads(tiny, tmp_path):
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            out = tmp_path / str(threads)
-            quantize(tiny.path("bf16"), out, "awq+gptq", tokens=tiny.tokens(40), dtype=torch.bfloat16)
-            found.append(compared(tiny.snapshot(out)))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0] == found[1]
