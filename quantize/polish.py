@@ -35,7 +35,7 @@ class PolishSettings:
     """How the steps are taken."""
 
     steps: int
-    rate: float = 1e-3  # of Adam, relative to a value's own size
+    rate: float = 3e-4  # of Adam, relative to a value's own size
     sequences: int = 4  # per step
     heldout_share: float = 0.125  # of the calibration sequences, for early stopping
     check_every: int = 10
