@@ -67,6 +67,11 @@ OURS["GPTQ g64, 256 calibration tokens"] = [
 ]
 
 
+def calibration(args: argparse.Namespace) -> np.ndarray:
+    """Return the token ids [N, S] that every row of the table is calibrated on."""
+    return load_tokens(TextSpec(tokens=args.tokens, seq_len=512), load_tokenizer(args.model)).ids.numpy()
+
+
 def baseline(model: Checkpoint, out: Path, ids: torch.Tensor) -> torch.Tensor:
     """Return the unquantized model's final hidden states, computed once."""
     key = hashlib.sha256(ids.numpy().tobytes() + str(model.path.resolve()).encode()).hexdigest()[:12]
@@ -111,9 +116,7 @@ def ours(name: str, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, An
 def peer(path: Path, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
     """Evaluate a peer's dequantized output and return the row."""
     bench = json.loads((path / "bench.json").read_text(encoding="utf-8"))
-    spec = TextSpec(tokens=args.tokens, seq_len=512)
-    ours = hashlib.sha256(load_tokens(spec, load_tokenizer(args.model)).ids.numpy().tobytes()).hexdigest()
-    if bench["calibration_sha256"] != ours:
+    if bench["calibration_sha256"] != hashlib.sha256(calibration(args).tobytes()).hexdigest():
         sys.exit(f"{path}: calibrated on other tokens than ours; see --write-tokens")
     return {
         "tool": f"{bench['tool']} {bench['version']}",
@@ -168,8 +171,7 @@ def main() -> None:
         if record["settings"] != settings:
             parser.error(f"{path} was measured with {record['settings']}; use another OUT")
     if args.write_tokens:
-        calibration = load_tokens(TextSpec(tokens=args.tokens, seq_len=512), load_tokenizer(args.model)).ids
-        np.save(args.out / "tokens.npy", calibration.numpy())
+        np.save(args.out / "tokens.npy", calibration(args))
     spec = TextSpec(source="heldout", tokens=args.eval_tokens, seq_len=512, shuffle=False)
     ids = load_tokens(spec, load_tokenizer(args.model)).ids
     jobs = [(name, lambda name=name: ours(name, args, ids)) for name in args.ours]

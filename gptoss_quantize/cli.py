@@ -18,7 +18,7 @@ from rich.table import Table
 
 from gptoss_quantize import __version__, cli_compare, cli_runtimes, cli_sizes
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import KEEP_MXFP4, Dtype, console, progress
+from gptoss_quantize.terminal import Dtype, console, keep_mxfp4, progress
 
 
 class StoppedError(Exception):
@@ -198,10 +198,7 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
     if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
         error = report["mean_output_error"]
         lost = "" if error is None else f" (the experts' outputs move by {100 * error**0.5:.1f} %, rms)"
-        console.print(
-            f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
-            + KEEP_MXFP4
-        )
+        console.print(keep_mxfp4(lost))
     if polish := report.get("polish"):
         console.print(
             f"polish: KL {polish['kl_before']:.4f} -> {polish['kl_after']:.4f} on {polish['heldout_tokens']} "

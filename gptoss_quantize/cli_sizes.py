@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import KEEP_MXFP4, console
+from gptoss_quantize.terminal import console, keep_mxfp4
 from gptoss_quantize.units import gib, parse_size
 
 
@@ -81,8 +81,7 @@ def print_plan(record: dict[str, Any], console: Console) -> None:
     console.print(_disk_table(record))
     console.print(_card_table(record))
     if record["source_is_mxfp4"]:
-        lossy = "The source is MXFP4, 4.25 bits already, and int4 is never lossless for it."
-        console.print(f"[yellow]{lossy}[/yellow] {KEEP_MXFP4}")
+        console.print(keep_mxfp4())
     if refusing := sorted({row["runtime"] for row in record["card"] if not row["loads"]}):
         console.print(
             f"{', '.join(refusing)} does not load --dense int8; its rows are for bf16 there", style="yellow"

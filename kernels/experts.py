@@ -48,6 +48,19 @@ def swiglu_slope(gate_up_TR: torch.Tensor, slope_TF: torch.Tensor, limit: float,
     return torch.cat((by_gate, by_up), dim=-1).to(gate_up_TR.dtype)
 
 
+def by_halves(rows: torch.Tensor) -> torch.Tensor:
+    """Return interleaved rows sorted into gates, then ups."""
+    return torch.cat((rows[0::2], rows[1::2]))
+
+
+def activated(gate_up_TR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """Return the activations [T, F] of pre-activations [T, 2F], gates then ups."""
+    if native.takes(gate_up_TR, torch.bfloat16, torch.float32):
+        return native.swiglu(gate_up_TR, limit, alpha)
+    gate_TF, up_TF = gate_up_TR.chunk(2, dim=-1)
+    return swiglu(gate_TF, up_TF, limit, alpha)
+
+
 def gated(
     x_TD: torch.Tensor, gate_up_RD: torch.Tensor, bias_R: torch.Tensor, limit: float, alpha: float
 ) -> torch.Tensor:
@@ -56,12 +69,7 @@ def gated(
     Rows are sorted into gates, then ups, before the product: halves of its result are cheaper to work on than
     every other column.
     """
-    sorted_RD = torch.cat((gate_up_RD[0::2], gate_up_RD[1::2]))
-    gate_up_TR = functional.linear(x_TD, sorted_RD, torch.cat((bias_R[0::2], bias_R[1::2])))
-    if native.takes(gate_up_TR, torch.bfloat16, torch.float32):
-        return native.swiglu(gate_up_TR, limit, alpha)
-    gate_TF, up_TF = gate_up_TR.chunk(2, dim=-1)
-    return swiglu(gate_TF, up_TF, limit, alpha)
+    return activated(functional.linear(x_TD, by_halves(gate_up_RD), by_halves(bias_R)), limit, alpha)
 
 
 def route(

@@ -236,13 +236,7 @@ def dequantize(packed_RW: torch.Tensor, scale_RG: torch.Tensor) -> torch.Tensor:
     columns = packed_RW.shape[1] * 8
     packed_RW, scale_RG = packed_RW.contiguous(), scale_RG.contiguous()
     out_RC = torch.empty(R, columns, dtype=torch.bfloat16)
-    function = _function("dequantize", torch.bfloat16)
-
-    def part(start: int, rows: int) -> None:
-        where = _at(packed_RW[start]), _at(scale_RG[start]), _at(out_RC[start])
-        function(*_i64(rows, columns, columns // groups), *where)
-
-    _over_rows(R, part)
+    _by_groups("dequantize", columns // groups, columns, packed_RW, scale_RG, out_RC)
     return out_RC
 
 
@@ -251,14 +245,16 @@ def scale_gradient(packed_RW: torch.Tensor, slope_RC: torch.Tensor, groups: int)
     R, columns = slope_RC.shape
     packed_RW, slope_RC = packed_RW.contiguous(), slope_RC.contiguous()
     out_RG = torch.empty(R, groups)
-    function = _function("scale_gradient", torch.bfloat16)
-
-    def part(start: int, rows: int) -> None:
-        where = _at(packed_RW[start]), _at(slope_RC[start]), _at(out_RG[start])
-        function(*_i64(rows, columns, columns // groups), *where)
-
-    _over_rows(R, part)
+    _by_groups("scale_gradient", columns // groups, columns, packed_RW, slope_RC, out_RG)
     return out_RG
+
+
+def _by_groups(name: str, group: int, columns: int, *arrays: torch.Tensor) -> None:
+    """Run a function of (rows, columns, group, arrays) over parts of the rows that all arrays share."""
+    function = _function(name, torch.bfloat16)
+    _over_rows(
+        len(arrays[0]), lambda start, rows: function(*_i64(rows, columns, group), *(_at(a[start]) for a in arrays))
+    )
 
 
 @dataclass(slots=True)

@@ -118,7 +118,7 @@ def needed(
         routing += _kept_bytes(config, tokens, dtype, ranks)
     if states == "disk":
         # dropped after each block or batch of tokens, whichever expert they go to
-        arrays = min(arrays, arrays * BATCH_TOKENS // tokens)
+        _, arrays = token_bytes(config, min(tokens, BATCH_TOKENS), dtype)
     # embedding and head are copied before the first layer, both in one file
     vocabulary = 2 * 2 * config.vocab * config.hidden
     layer = routing + arrays + _fixed_bytes(config) + experts_at_once * solve_bytes(config)

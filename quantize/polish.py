@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4
-from gptoss_quantize.kernels.experts import tokens_of
+from gptoss_quantize.kernels.experts import by_halves, tokens_of
 from gptoss_quantize.model import attend, mlp_input, rms_norm, rope_tables, router
-from gptoss_quantize.quantize.polish_expert import ExpertOutput, Kept, Matrix, by_halves, int4_matrix, mxfp4_matrix
+from gptoss_quantize.quantize.polish_expert import ExpertOutput, Kept, Matrix, int4_matrix, mxfp4_matrix
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 FINAL = "model.norm.weight"
@@ -94,26 +94,18 @@ def free_values(tensors: dict[str, torch.Tensor]) -> dict[str, Free]:
     return found
 
 
-def _expert(
-    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], expert: int, dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor, Matrix, Matrix]:
-    """Return (scales, bias of gate_up; scales, bias of down; both matrices), gate_up sorted into gates, then ups."""
-    matrices: list[Matrix] = []
-    found: list[torch.Tensor | None] = []
-    for short, long in (("w13", "gate_up_proj"), ("w2", "down_proj")):
-        base, fused = f"mlp.experts.{expert}.{short}_", f"mlp.experts.{long}_"
-        order = by_halves if short == "w13" else (lambda rows: rows)
-        if base + "weight_packed" in tensors:
-            scale = order(values[base + "weight_scale"])
-            matrices.append(int4_matrix(order(tensors[base + "weight_packed"]), scale.shape[1], dtype))
-            found += [scale, order(values[base + "bias"])]
-        else:
-            blocks, scales = (order(tensors[fused + part][expert]) for part in ("blocks", "scales"))
-            matrices.append(mxfp4_matrix(blocks, scales, dtype))
-            found += [None, order(values[fused + "bias"][expert])]
-    scale13, bias13, scale2, bias2 = found
-    assert bias13 is not None and bias2 is not None
-    return scale13, bias13, scale2, bias2, matrices[0], matrices[1]
+def _projection(
+    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], expert: int, short: str, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor, Matrix]:
+    """Return (scales or None, bias, matrix) of an expert's "w13" or "w2", w13 sorted into gates, then ups."""
+    long, order = ("gate_up_proj", by_halves) if short == "w13" else ("down_proj", lambda rows: rows)
+    base, fused = f"mlp.experts.{expert}.{short}_", f"mlp.experts.{long}_"
+    if base + "weight_packed" in tensors:
+        scale = order(values[base + "weight_scale"])
+        matrix = int4_matrix(order(tensors[base + "weight_packed"]), scale.shape[1], dtype)
+        return scale, order(values[base + "bias"]), matrix
+    blocks, scales = (order(tensors[fused + part][expert]) for part in ("blocks", "scales"))
+    return None, order(values[fused + "bias"][expert]), mxfp4_matrix(blocks, scales, dtype)
 
 
 def run_layer(
@@ -122,11 +114,11 @@ def run_layer(
     tensors: dict[str, torch.Tensor],
     hidden_NSD: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor],
-    kept: dict[tuple[int, int], list[Kept]] | None = None,
+    kept: dict[int, list[Kept]] | None = None,
 ) -> torch.Tensor:
     """Return the residual stream after layer `index`: `model.hidden_states` for one layer, with gradients.
 
-    `kept` passes the experts' inner results from a forward pass to the backward pass over the same tokens.
+    `kept`, by expert, passes inner results from a forward pass to the backward pass over the same tokens.
     """
     config, dtype = student.config, student.dtype
     values = {name: free.value() for name, free in student.free[index].items()}
@@ -141,9 +133,11 @@ def run_layer(
         token, slot = tokens_of(index_TK, e)
         if not token.numel():
             continue
-        here = [] if kept is None else kept.setdefault((index, e), [])
-        arguments = (*_expert(tensors, values, e, dtype), config, here)
-        y = ExpertOutput.apply(x.index_select(0, token), prob_TK[token, slot], *arguments)
+        scale13, bias13, w13 = _projection(tensors, values, e, "w13", dtype)
+        scale2, bias2, w2 = _projection(tensors, values, e, "w2", dtype)
+        here = [] if kept is None else kept.setdefault(e, [])
+        inputs = x.index_select(0, token), prob_TK[token, slot], scale13, bias13, scale2, bias2
+        y = ExpertOutput.apply(*inputs, w13, w2, config, here)
         out = out.index_add(0, token, y)
     return h + out.view_as(h)
 
@@ -188,13 +182,12 @@ def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor)
     """Return the mean KL and leave its gradient in the `grad` of every free value's `step`."""
     config, tokens = student.config, ids_NS.numel()
     rope = rope_tables(config, ids_NS.shape[1], str(student.embedding.device))
-    inputs: list[torch.Tensor] = []
-    kept: dict[tuple[int, int], list[Kept]] = {}
+    inputs: list[tuple[torch.Tensor, dict[int, list[Kept]]]] = []
     with torch.no_grad():
         h = functional.embedding(ids_NS, student.embedding).float()
         for i in range(config.layers):
-            inputs.append(h)
-            h = run_layer(student, i, student.layer(i), h, rope, kept)
+            inputs.append((h, {}))
+            h = run_layer(student, i, student.layer(i), h, rope, inputs[-1][1])
     with torch.enable_grad():
         h.requires_grad_()
         final = rms_norm(h, student.free[-1][FINAL].value(), config.rms_eps)
@@ -202,10 +195,9 @@ def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor)
         final.backward(slope.view_as(final) / tokens)
         slope = _grad(h)
         for i in reversed(range(config.layers)):
-            h = inputs.pop().requires_grad_()
+            h, kept = inputs.pop()
+            h.requires_grad_()
             run_layer(student, i, student.layer(i), h, rope, kept).backward(slope)
-            for e in range(config.experts):
-                kept.pop((i, e), None)
             slope = _grad(h)
     return loss / tokens
 

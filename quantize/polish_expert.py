@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4, mxfp4, native
-from gptoss_quantize.kernels.experts import swiglu, swiglu_slope
+from gptoss_quantize.kernels.experts import activated, swiglu_slope
 
 
 @dataclass(slots=True)
@@ -27,22 +27,16 @@ class Matrix:
     scale_gradient: Callable[[torch.Tensor], torch.Tensor] | None  # gradient of the weights -> of the scales
 
 
-def by_halves(rows: torch.Tensor) -> torch.Tensor:
-    """Return interleaved rows sorted into gates, then ups."""
-    return torch.cat((rows[0::2], rows[1::2]))
-
-
 def int4_matrix(packed_RW: torch.Tensor, groups: int, dtype: torch.dtype) -> Matrix:
     """Return a matrix of int4 codes, whose scales are free."""
-    fast = native.takes(torch.empty(0, dtype=dtype, device=packed_RW.device), torch.bfloat16)
 
     def weight(scale_RG: torch.Tensor | None) -> torch.Tensor:
         assert scale_RG is not None
-        # stored scales are bfloat16 values
-        return int4.weights(packed_RW, scale_RG.bfloat16() if fast else scale_RG, dtype)
+        # exact: stored scales are bfloat16 values
+        return int4.weights(packed_RW, scale_RG.to(dtype), dtype)
 
     def scale_gradient(slope_RC: torch.Tensor) -> torch.Tensor:
-        if fast:
+        if native.takes(slope_RC, torch.bfloat16):
             return native.scale_gradient(packed_RW, slope_RC, groups)
         product = int4.unpack(packed_RW).to(slope_RC.dtype).mul_(slope_RC)
         return product.unflatten(-1, (groups, -1)).sum(-1, dtype=torch.float32)
@@ -64,7 +58,10 @@ class Kept:
 
 
 class ExpertOutput(torch.autograd.Function):
-    """The router-weighted output of one expert, float32 [n, D]; see `expert_output`."""
+    """The router-weighted output of one expert, float32 [n, D].
+
+    `kept` is empty, and filled, or holds what an earlier call for the same tokens has left there, and used.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0913 - one argument for each gradient
@@ -83,7 +80,7 @@ class ExpertOutput(torch.autograd.Function):
         limit, alpha, dtype = config.swiglu_limit, config.swiglu_alpha, x_nD.dtype
         if not kept:
             gate_up = functional.linear(x_nD, w13.weight(scale13), bias13.to(dtype))
-            y = functional.linear(_activated(gate_up, limit, alpha), w2.weight(scale2), bias2.to(dtype))
+            y = functional.linear(activated(gate_up, limit, alpha), w2.weight(scale2), bias2.to(dtype))
             kept.append(Kept(gate_up, y))
         ctx.save_for_backward(x_nD, prob_n, scale13, scale2)
         ctx.w13, ctx.w2, ctx.config, ctx.kept = w13, w2, config, kept
@@ -97,18 +94,10 @@ class ExpertOutput(torch.autograd.Function):
         by_y = (slopes[0] * prob[:, None]).to(x.dtype)
         by_scale2 = by_scale13 = None
         if ctx.w2.scale_gradient is not None:
-            by_scale2 = ctx.w2.scale_gradient(by_y.T @ _activated(kept.gate_up, limit, alpha))
+            by_scale2 = ctx.w2.scale_gradient(by_y.T @ activated(kept.gate_up, limit, alpha))
         by_gate_up = swiglu_slope(kept.gate_up, by_y @ ctx.w2.weight(scale2), limit, alpha)
         if ctx.w13.scale_gradient is not None:
             by_scale13 = ctx.w13.scale_gradient(by_gate_up.T @ x)
         by_x = by_gate_up @ ctx.w13.weight(scale13)
-        sums = (by.sum(0, dtype=torch.float32) for by in (by_gate_up, by_y))
-        by_bias13, by_bias2 = sums
+        by_bias13, by_bias2 = (by.sum(0, dtype=torch.float32) for by in (by_gate_up, by_y))
         return by_x, by_prob, by_scale13, by_bias13, by_scale2, by_bias2, None, None, None, None
-
-
-def _activated(gate_up_nR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
-    if native.takes(gate_up_nR, torch.bfloat16, torch.float32):
-        return native.swiglu(gate_up_nR, limit, alpha)
-    gate, up = gate_up_nR.chunk(2, dim=-1)
-    return swiglu(gate, up, limit, alpha)

@@ -57,6 +57,11 @@ def test_more_memory_never_means_less(small):
     assert (last.states, last.experts_at_once) == ("memory", 2)
 
 
+def test_plain_rounding_without_room_is_refused_too(small):
+    with pytest.raises(InputError, match=r"--memory 1\.00 GiB: one expert .* with 0 tokens needs about"):
+        found(small, 0, GIB)
+
+
 def test_the_budgets_of_the_issue(small, large):
     # one true-size layer with 128k tokens at 4, 8 and 16 GiB, the whole 20b at 12, the 120b at 24
     assert [found(small, 131072, size * GIB).states for size in (4, 8, 16)] == ["disk", "memory", "memory"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gptoss_quantize.kernels import int4, native
-from gptoss_quantize.quantize.polish_expert import ExpertOutput, by_halves, int4_matrix
+from gptoss_quantize.kernels.experts import by_halves
+from gptoss_quantize.quantize.polish_expert import ExpertOutput, int4_matrix
 
 D, F, GROUP, TOKENS = 64, 96, 32, 40
 
