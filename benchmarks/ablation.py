@@ -15,14 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.quantize.recipes import RECIPES, override
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from blocks import Block, block_error, collect, load_ids, quantized, target_of
+from blocks import Block, block_error, collect, load_ids, quantized, routed, target_of
 
 WHOLE = "the whole recipe (gptq)"
+ALL_TOKENS = "every token to every expert"  # as llm-compressor calibrates by default
 # row -> (method, settings)
 ROWS: dict[str, tuple[str, list[str]]] = {
     WHOLE: ("gptq", []),
@@ -40,11 +42,13 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "no sweep": ("gptq", ["sweeps=0"]),
     "two sweeps": ("gptq", ["sweeps=2"]),
     "no asymmetric target": ("gptq", ["asymmetric=0"]),
+    "asymmetric target 0.5": ("gptq", ["asymmetric=0.5"]),
     "asymmetric target 1.0": ("gptq", ["asymmetric=1"]),
-    "awq+gptq": ("awq+gptq", []),
-    "awq+gptq, half the fold": ("awq+gptq", ["awq_strength=0.5"]),
+    ALL_TOKENS: ("gptq", ["token_power=0"]),
+    "awq+gptq (half the fold)": ("awq+gptq", []),
+    "awq+gptq, the whole fold": ("awq+gptq", ["awq_strength=1"]),
     "awq+gptq, a quarter of the fold": ("awq+gptq", ["awq_strength=0.25"]),
-    "awq+gptq, half, gate_up alone": ("awq+gptq", ["awq_strength=0.5", "awq_down=false"]),
+    "awq+gptq, half, gate_up alone": ("awq+gptq", ["awq_down=false"]),
     "awq": ("awq", []),
     "rtn-signed": ("rtn-signed", []),
     "rtn": ("rtn", []),
@@ -56,7 +60,13 @@ def run_row(blocks: list[Block], source: Checkpoint, name: str, group_size: int)
     method, settings = ROWS[name]
     recipe = override(RECIPES[method], settings)
     target, started = target_of("int4", group_size, recipe), time.perf_counter()
-    errors = [block_error(block, source, quantized(block, source, recipe, target), target) for block in blocks]
+    errors = []
+    for block in blocks:
+        seen = routed(block, source)
+        if name == ALL_TOKENS:
+            tokens, experts = len(seen.x), source.config.experts
+            seen.index, seen.prob = torch.arange(experts).repeat(tokens, 1), torch.full((tokens, experts), 1 / experts)
+        errors.append(block_error(block, source, quantized(block, source, seen, recipe, target), target))
     return {
         "settings": [method, *settings],
         "errors": errors,

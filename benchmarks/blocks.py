@@ -71,11 +71,9 @@ def routed(block: Block, source: Checkpoint) -> Routed:
 
 
 @torch.inference_mode()
-def quantized(block: Block, source: Checkpoint, recipe: Recipe, target: Format) -> LayerResult:
-    """Return the layer quantized by a recipe."""
-    return calibrated_layer(
-        source, block.index, block.dense, routed(block, source), recipe, target, source.config.experts, Clock()
-    )
+def quantized(block: Block, source: Checkpoint, seen: Routed, recipe: Recipe, target: Format) -> LayerResult:
+    """Return the layer quantized by a recipe, `seen` being what the experts see (`routed`)."""
+    return calibrated_layer(source, block.index, block.dense, seen, recipe, target, source.config.experts, Clock())
 
 
 def experts_of(result: LayerResult, target: Format, experts: int, dtype: torch.dtype) -> list[Expert]:

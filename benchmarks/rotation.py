@@ -23,7 +23,7 @@ from gptoss_quantize.quantize.recipes import RECIPES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from blocks import block_error, collect, load_ids, quantized, rewrite, target_of
+from blocks import block_error, collect, load_ids, quantized, rewrite, routed, target_of
 
 READERS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "router.weight")
 
@@ -102,7 +102,7 @@ def main() -> None:
         target = target_of("int4", group, RECIPES[method])
         means = {}
         for name, source in (("o", original), ("r", Checkpoint(rotated))):
-            results = [quantized(block, source, RECIPES[method], target) for block in blocks[name]]
+            results = [quantized(b, source, routed(b, source), RECIPES[method], target) for b in blocks[name]]
             errors = [block_error(b, source, r, target) for b, r in zip(blocks[name], results, strict=True)]
             means[name] = math.exp(sum(map(math.log, errors)) / len(errors))
         record["rows"][f"{method} {group}"] = means

@@ -27,10 +27,10 @@ class Recipe:
     token_power: float = 1.0  # token weight = router probability ** token_power
     centre: bool = True  # centred covariance; the expert's bias absorbs the mean error
     sweeps: int = 1  # rounds of joint scale refit and coordinate descent after GPTQ
-    asymmetric: float = 0.5  # how far the down_proj target corrects for its quantized input (0: not at all)
+    asymmetric: float = 0.75  # how far the down_proj target corrects for its quantized input (0: not at all)
     native: bool = True  # column steps, scale search, Hessians in C++ where it compiles; equal but for rounding
     awq: bool = False  # scales folded into norm, router and up->down before quantizing
-    awq_strength: float = 1.0  # exponent of the folds that suit plain rounding best
+    awq_strength: float = 1.0  # exponent of the folds that suit plain rounding best; error feedback needs less
     awq_down: bool = True  # with awq: also the per-neuron up->down fold
 
     @property
@@ -44,7 +44,7 @@ RECIPES: dict[str, Recipe] = {
     "rtn-signed": Recipe(scale="signed", gptq=False, act_order=False, centre=False, sweeps=0, asymmetric=0.0),
     "awq": Recipe(gptq=False, act_order=False, sweeps=0, asymmetric=0.0, centre=False, awq=True),
     "gptq": Recipe(),
-    "awq+gptq": Recipe(awq=True),
+    "awq+gptq": Recipe(awq=True, awq_strength=0.5),
 }
 
 
