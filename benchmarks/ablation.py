@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.quantize.recipes import RECIPES, override
 
@@ -65,7 +66,10 @@ def run_row(blocks: list[Block], source: Checkpoint, name: str, group_size: int)
         seen = routed(block, source)
         if name == ALL_TOKENS:
             tokens, experts = len(seen.x), source.config.experts
-            seen.index, seen.prob = torch.arange(experts).repeat(tokens, 1), torch.full((tokens, experts), 1 / experts)
+            seen.index, seen.prob = (
+                torch.arange(experts).repeat(tokens, 1),
+                torch.full((tokens, experts), 1 / experts),
+            )
         errors.append(block_error(block, source, quantized(block, source, seen, recipe, target), target))
     return {
         "settings": [method, *settings],
