@@ -117,8 +117,34 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
 def load_tokens(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Return the packed sequences that a spec stands for; the same spec gives the same ids everywhere."""
     wanted = None if spec.tokens is None else spec.tokens // spec.seq_len * spec.seq_len
+    stream, documents, separator = _stream(spec, tokenizer, wanted)
+    have, needed = len(stream), wanted or spec.seq_len
+    if have < needed:
+        raise InputError(_too_little(spec, have, documents, needed))
+    ids = stream[: wanted or have // spec.seq_len * spec.seq_len].reshape(-1, spec.seq_len)
+    return _tokens(spec, ids, documents, separator)
+
+
+def load_following(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tokens | None:
+    """Return the sequences of the same text that follow those of `load_tokens`, up to `tokens` tokens.
+
+    None where not even one sequence is left. `spec.tokens` must be a number.
+    """
+    if spec.tokens is None:
+        raise ValueError("nothing follows all of the text")
+    start = spec.tokens // spec.seq_len * spec.seq_len
+    stream, documents, separator = _stream(spec, tokenizer, start + max(tokens, spec.seq_len))
+    rest = stream[start : start + tokens]
+    count = len(rest) // spec.seq_len
+    return _tokens(spec, rest[: count * spec.seq_len].reshape(count, -1), documents, separator) if count else None
+
+
+def _stream(
+    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, wanted: int | None
+) -> tuple[torch.Tensor, int, tuple[str, int] | None]:
+    """Return (ids of documents until `wanted` are there, documents, separator); None takes all of the text."""
     separator = _document_separator(tokenizer)
-    pieces: list[torch.Tensor] = []
+    pieces = [torch.empty(0, dtype=torch.int64)]
     have = documents = 0
     for record, text in _texts(spec, tokenizer):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -130,11 +156,10 @@ def load_tokens(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Tokens:
         have += len(ids)
         if wanted is not None and have >= wanted:
             break
+    return torch.cat(pieces), documents, separator
 
-    needed = wanted or spec.seq_len
-    if have < needed:
-        raise InputError(_too_little(spec, have, documents, needed))
-    ids = torch.cat(pieces)[: wanted or have // spec.seq_len * spec.seq_len].reshape(-1, spec.seq_len)
+
+def _tokens(spec: TextSpec, ids: torch.Tensor, documents: int, separator: tuple[str, int] | None) -> Tokens:
     return Tokens(
         ids=ids,
         sha256=_hash(ids),

@@ -202,7 +202,7 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
     if polish := report.get("polish"):
         console.print(
             f"polish: KL {polish['kl_before']:.4f} -> {polish['kl_after']:.4f} on {polish['heldout_tokens']} "
-            f"held-out calibration tokens after {polish['steps']} steps"
+            f"held-out tokens after {polish['steps']} steps on text that calibration did not see"
             + ("" if polish["kept"] else "; [yellow]it did not help, and nothing was changed[/yellow]")
         )
     for key, words in (

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from gptoss_quantize.adapter import Adapter
 from gptoss_quantize.architectures import SIZES, gptoss_config
 from gptoss_quantize.calibration.sources import default_calibration_path
-from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
+from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.demo_model import build_demo_model
@@ -39,7 +39,7 @@ from gptoss_quantize.plan import PlanRequest, disk, fits, serve_command, shard_t
 from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan, release_memory
 from gptoss_quantize.quantize.estimate import estimate
-from gptoss_quantize.quantize.polish import FINAL, NORMS
+from gptoss_quantize.quantize.polish import FINAL, NORMS, text_needed
 from gptoss_quantize.quantize.ranks import joined
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, compute_dtype, pick_device, quantize_checkpoint
@@ -74,6 +74,9 @@ def quantize_model(
     job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
     tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
+    if job.polish and tokens is not None:
+        wanted = text_needed(job.polish, text.seq_len)
+        job = replace(job, polish_text=load_following(text, load_tokenizer(source.path), wanted))
     task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
     polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
     with joined(job.device) as ranks:

@@ -163,11 +163,13 @@ def polish_bytes(config: ModelConfig, tokens: int, step_tokens: int, group_size:
     """Return about what a polish needs beside the process: nearly all of it grows with the whole model.
 
     Scales are kept six times: start, step, gradient, Adam's two, best. `group_size` None: no free scales (MXFP4).
+    Before the steps the original model runs over all `tokens`: the stream in float32, and what a layer makes of it.
     """
     D, F, pairs = config.hidden, config.intermediate, step_tokens * config.top_k
     scales = 0 if group_size is None else config.experts * 3 * D * F // group_size
     kept = pairs * 2 * (2 * F + D) + step_tokens * 4 * D
-    return config.layers * (24 * scales + kept) + 2 * 2 * config.vocab * D + tokens * 2 * D + _fixed_bytes(config)
+    steps = config.layers * (24 * scales + kept) + 2 * 2 * config.vocab * D + tokens * 2 * D
+    return max(steps, tokens * 16 * D) + _fixed_bytes(config)
 
 
 def resolve_card(

@@ -1,7 +1,7 @@
-"""The polish of a checkpoint under construction: original's hidden states and written shards in, shards changed.
+"""The polish of a checkpoint under construction: original model, text and written shards in, shards changed.
 
-The teacher costs nothing: calibration has left the original model's final hidden states on disk. The moved values
-are written to one file first, then into the shards; so a run that is killed in between ends the same when resumed.
+The original runs over the text once, layer by layer, before the first step. The moved values are written to one file
+first, then into the shards; so a run that is killed in between ends the same when resumed.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load_file
 
+from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.model import batches, rms_norm
+from gptoss_quantize.model import hidden_states
 from gptoss_quantize.quantize.output import POLISHED_NAME, Output
 from gptoss_quantize.quantize.polish import FINAL, PolishSettings, Student, polish
 from gptoss_quantize.shards import ShardFile
@@ -19,15 +20,16 @@ from gptoss_quantize.shards import ShardFile
 def polish_output(
     source: Checkpoint,
     output: Output,
-    ids_NS: torch.Tensor,
+    text: Tokens,
     dtype: torch.dtype,
     settings: PolishSettings,
     on_step: Callable[[int, float], None],
 ) -> None:
     """Polish the quantized layers in `output`; its state gets the report under "polish"."""
     if "polish" not in output.state:
+        teacher = hidden_states(source, text.ids, dtype).to(dtype)
         student = student_of(source, output, dtype)
-        report = polish(student, ids_NS, _teacher(source, output, ids_NS, dtype), settings, on_step)
+        report = polish(student, text.ids, teacher, settings, on_step) | {"text": text.record()}
         if report["kept"]:
             output.write_file(output.partial / POLISHED_NAME, moved(student))
         output.state["polish"] = report
@@ -59,17 +61,6 @@ def student_of(source: Checkpoint, output: Output, dtype: torch.dtype) -> Studen
         head=source.head().to(dtype),
         dtype=dtype,
     )
-
-
-def _teacher(source: Checkpoint, output: Output, ids_NS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the original model's normed final hidden states [N, S, D] on the calibration text."""
-    sequences, positions = ids_NS.shape
-    stored = output.hidden(source.config.layers, (sequences, positions, source.config.hidden))
-    norm = source.dense(FINAL)
-    teacher = torch.empty(sequences, positions, source.config.hidden, dtype=dtype)
-    for batch in batches(sequences, positions):
-        teacher[batch] = rms_norm(stored.read(batch), norm, source.config.rms_eps).to(dtype)
-    return teacher
 
 
 def moved(student: Student) -> dict[str, torch.Tensor]:

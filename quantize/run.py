@@ -60,6 +60,7 @@ class Job:
     dense: str = "source"  # or int8: attention, embedding and head in 8 bits
     memory: int | None = None  # bytes that the process may take; None: 60 % of what is free
     polish: int = 0  # steps of end-to-end polish after the last layer
+    polish_text: Tokens | None = None  # what it works on: text that calibration does not see
     resume: bool = False
     overwrite: bool = False
 
@@ -209,10 +210,10 @@ def _run(
                 write_layer(source, i, job.dense, result, output, ranks)
             del result
             on_layer(i)
-    if job.polish and tokens is not None and ranks.rank == 0:
+    if job.polish and job.polish_text is not None and ranks.rank == 0:
         with clock("polish"):
             settings = PolishSettings(steps=job.polish)
-            polish_output(source, output, tokens.ids, job.dtype or torch.float32, settings, on_step)
+            polish_output(source, output, job.polish_text, job.dtype or torch.float32, settings, on_step)
     bits = job.target.bits_per_weight(config.hidden)
     peaks = everyone(ranks, peak_of(output))
     report = report_of(tokens, output, bits, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
@@ -269,8 +270,12 @@ def _check_options(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
         )
     if job.polish and not job.recipe.calibrated:
         raise InputError(f"--polish needs a method that looks at calibration text; {job.method} does not, use gptq")
-    if job.polish and tokens is not None and len(tokens.ids) < 2:
-        raise InputError("--polish needs at least two sequences, one of them held out; give more --tokens")
+    if job.polish and tokens is not None and (job.polish_text is None or len(job.polish_text.ids) < 2):
+        raise InputError(
+            f"--polish needs at least two sequences of text that calibration does not see, and {tokens.source} has "
+            f"{'none' if job.polish_text is None else 'one'} after the first {tokens.tokens} tokens; "
+            "give more text, or fewer --tokens"
+        )
     if job.dense == "int8" and (job.polish or job.format != "int4"):
         what = "--polish" if job.polish else f"--format {job.format}"
         raise InputError(f"--dense int8 and {what} do not go together; leave one of them out")
@@ -293,6 +298,7 @@ def _settings(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str, 
         "group_size": job.group_size,
         "dense": job.dense,
         "polish": job.polish,
+        "polish_text": None if job.polish_text is None else job.polish_text.sha256,
         "calibration": None if tokens is None else tokens.sha256,
         "dtype": str(job.dtype).removeprefix("torch."),
         "device": job.device,
@@ -325,9 +331,9 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         ranks=ranks.count,
         processes=ranks.local_count,
     )
-    if job.polish and tokens is not None:
-        step = PolishSettings(steps=job.polish).sequences * tokens.ids.shape[1]
-        need = polish_bytes(source.config, count, step, job.group_size if job.format == "int4" else None)
+    if job.polish and (text := job.polish_text) is not None:
+        step = PolishSettings(steps=job.polish).sequences * text.ids.shape[1]
+        need = polish_bytes(source.config, text.tokens, step, job.group_size if job.format == "int4" else None)
         if need > budget.bytes:
             raise InputError(
                 f"--polish of this model needs about {gib(need)}, --memory allows {gib(budget.bytes)}; "

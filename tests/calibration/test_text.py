@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gptoss_quantize.calibration.sources import default_calibration_path, read_records
-from gptoss_quantize.calibration.text import DATE, TextSpec, load_tokenizer, load_tokens
+from gptoss_quantize.calibration.text import DATE, TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.errors import InputError
 
 DOCUMENTS = [f"Document {i}: " + "the quick brown fox, ünïcode. " * (i + 1) for i in range(8)]
@@ -206,6 +207,19 @@ def test_no_more_documents_are_read_than_needed(tmp_path: Path, tokenizer) -> No
     assert tokens.documents == 2
     with pytest.raises(InputError, match="line 9"):
         load_tokens(ordered(path), tokenizer)
+
+
+def test_what_follows_is_the_rest_of_the_same_text(tmp_path: Path, tokenizer) -> None:
+    path = json_lines(tmp_path / "data.jsonl", [{"text": text} for text in DOCUMENTS])
+    spec = TextSpec(source=str(path), tokens=40, seq_len=8, seed=5)
+    whole = load_tokens(replace(spec, tokens=None), tokenizer).ids
+    first, more = load_tokens(spec, tokenizer), load_following(spec, tokenizer, 24)
+    assert torch.equal(first.ids, whole[:5])
+    assert torch.equal(more.ids, whole[5:8])
+    assert more.sha256 not in (first.sha256, load_following(spec, tokenizer, 16).sha256)
+    # fewer where the text ends, None where nothing is left
+    assert torch.equal(load_following(spec, tokenizer, 10**6).ids, whole[5:])
+    assert load_following(replace(spec, tokens=whole.numel()), tokenizer, 24) is None
 
 
 def test_the_same_spec_gives_the_same_tokens_whatever_the_global_state(tmp_path: Path, tokenizer) -> None:
