@@ -37,7 +37,7 @@ ROWS: dict[str, list[str]] = {
 
 
 def run(command: list[str], log: Path) -> dict[str, float]:
-    """Run a command to its end and return its wall time in seconds and its peak resident MiB."""
+    """Run a command to its end and return its wall and processor time in seconds and its peak resident MiB."""
     started = time.perf_counter()
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -45,7 +45,8 @@ def run(command: list[str], log: Path) -> dict[str, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed with {process.returncode}; see {log}")
-    return {"wall_s": round(time.perf_counter() - started, 1), "peak_rss_mib": usage.ru_maxrss // 1024}
+    wall, cpu = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    return {"wall_s": round(wall, 1), "cpu_s": round(cpu, 1), "peak_rss_mib": usage.ru_maxrss // 1024}
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,8 @@ Usage: fidelity.py MODEL OUT --list                                     names of
 MODEL is the unquantized gpt-oss directory. One row per checkpoint goes to OUT/fidelity.json as soon as it is
 measured, so rows can be run one at a time, in any order, and an interrupted run loses one row at most; the table is
 written to OUT/fidelity.md. Rows that are there are kept unless --again is given. Our rows are `gptoss-quantize
-quantize` in a process of its own, measured from outside (wall time, peak memory). A peer's DIR comes from
+quantize` in a process of its own, measured from outside; the table shows processor time (user and system),
+which other work on the machine disturbs little, and the file wall time too. A peer's DIR comes from
 benchmarks/peers/run_*.py: a gpt-oss directory with dequantized experts, and bench.json with bits, time and memory.
 
 The unquantized model's final hidden states on the held-out text are kept in OUT/baseline-*.pt.
@@ -103,6 +104,7 @@ def ours(name: str, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, An
         "command": command,
         "machine": machine(),
         "wall_s": cost["wall_s"],
+        "cpu_s": cost["cpu_s"],
         # the kernel's mark of the whole process would be this one's where it is higher: it is kept over exec
         "peak_rss_mib": report["peak_rss_mib"],
         "bits": report["expert_bits_per_weight"],
@@ -123,6 +125,7 @@ def peer(path: Path, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, A
     return {
         "tool": f"{bench['tool']} {bench['version']}",
         "wall_s": bench["wall_s"],
+        "cpu_s": bench["cpu_s"],
         "peak_rss_mib": bench["peak_rss_mib"],
         "bits": bench["bits_per_weight"],
         "bench": bench,
@@ -133,7 +136,7 @@ def peer(path: Path, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, A
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rows as Markdown, by bits and then by divergence."""
     lines = [
-        "| checkpoint | bits | KL mean | KL p99 | top-1 | perplexity | seconds | peak MiB |",
+        "| checkpoint | bits | KL mean | KL p99 | top-1 | perplexity | CPU s | peak MiB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in sorted(rows.items(), key=lambda item: (round(item[1]["bits"], 2), item[1]["result"]["kl_mean"])):
@@ -141,7 +144,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         error = "" if r["kl_mean_se"] is None else f" ± {r['kl_mean_se']:.4f}"
         lines.append(
             f"| {name} | {row['bits']:.2f} | {r['kl_mean']:.4f}{error} | {r['kl_p99']:.3f} "
-            f"| {100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {row['wall_s']:.0f} "
+            f"| {100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {row.get('cpu_s', row['wall_s']):.0f} "
             f"| {row['peak_rss_mib']:.0f} |"
         )
     return "\n".join(lines)

@@ -196,8 +196,10 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
         f"peak {report['peak_rss_mib']} MiB"
     )
     if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
-        error = report["mean_output_error"]
-        lost = "" if error is None else f" (the experts' outputs move by {100 * error**0.5:.1f} %, rms)"
+        what, error = "the experts' outputs", report["mean_output_error"]
+        if error is None:
+            what, error = "the experts' weights", report["weight_error"]
+        lost = f" ({what} move by {100 * error**0.5:.1f} %, rms)"
         console.print(keep_mxfp4(lost))
     if polish := report.get("polish"):
         console.print(

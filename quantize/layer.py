@@ -89,10 +89,19 @@ def _store(
 
 
 def round_layer(
-    source: Checkpoint, index: int, recipe: Recipe, fmt: Format, clock: Clock, experts: range | None = None
+    source: Checkpoint,
+    index: int,
+    recipe: Recipe,
+    fmt: Format,
+    clock: Clock,
+    experts: range | None = None,
+    weigh: bool = False,
 ) -> LayerResult:
-    """Return a layer quantized by plain rounding, without activations; `experts` are all without it."""
-    result = LayerResult()
+    """Return a layer quantized by plain rounding, without activations; `experts` are all without it.
+
+    `weigh`: leave [sum of squared weight errors, sum of squared weights] in the report under "weight_error".
+    """
+    result, sums = LayerResult(), [0.0, 0.0]
     for e in range(source.config.experts) if experts is None else experts:
         with clock("read"):
             expert = source.expert(index, e)
@@ -100,6 +109,12 @@ def round_layer(
             gate_up = solve(expert.gate_up[None], expert.gate_up_bias[None], None, recipe, fmt.group_size, fmt.grid)
             down = solve(expert.down[None], expert.down_bias[None], None, recipe, fmt.group_size, fmt.grid)
             _store(fmt, result.tensors, source.config.experts, e, (gate_up, down), 0)
+        if weigh:
+            for part, weight in ((gate_up, expert.gate_up), (down, expert.down)):
+                sums[0] += float((part.weight(0, weight.dtype) - weight).square().sum())
+                sums[1] += float(weight.square().sum())
+    if weigh:
+        result.report["weight_error"] = sums
     return result
 
 

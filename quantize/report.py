@@ -23,6 +23,8 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
         else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
         "expert_bits_per_weight": bits,
         "source_is_mxfp4": output.state["source_is_mxfp4"],
+        # of plain rounding, where the source is MXFP4: |error|^2 / |weights|^2
+        "weight_error": _share([layer["weight_error"] for layer in layers if "weight_error" in layer]),
         "mean_output_error": _mean([e["output_error"] for _, e in entries if e["output_error"] is not None]),
         "bytes": output.state["bytes"],
         "crc32": output.state["crc32"],
@@ -50,6 +52,10 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _share(sums: list[list[float]]) -> float | None:
+    return sum(a for a, _ in sums) / sum(b for _, b in sums) if sums else None
 
 
 def peak_of(output: Output) -> int | None:

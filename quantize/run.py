@@ -202,7 +202,11 @@ def _run(
     with torch.inference_mode():
         for i in range(done, config.layers):
             if tokens is None or shape is None:
-                result = round_layer(source, i, job.recipe, job.target, clock, ranks.share(config.experts))
+                weigh = bool(output.state["source_is_mxfp4"])
+                result = round_layer(source, i, job.recipe, job.target, clock, ranks.share(config.experts), weigh)
+                if weigh:
+                    shares = everyone(ranks, result.report["weight_error"])
+                    result.report["weight_error"] = [sum(share) for share in zip(*shares, strict=True)]
             else:
                 result = _calibrate(source, i, job, output, shape, budget, clock, ranks)
             output.state |= {"elapsed": time.time() - started, "peak_rss_mib": peak_of(output)}
