@@ -35,8 +35,6 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "no act-order": ("gptq", ["act_order=false"]),
     "no extra damping for starved experts": ("gptq", ["damping_starved=0"]),
     "damping 0.01, none for starved experts": ("gptq", ["damping=0.01", "damping_starved=0"]),
-    "Hessians shrunk towards the layer's, 0.2": ("gptq", ["shrink=0.2"]),
-    "the same instead of damping for starved experts": ("gptq", ["shrink=0.2", "damping_starved=0"]),
     "tokens not weighted": ("gptq", ["token_power=0"]),
     "tokens weighted by p^2": ("gptq", ["token_power=2"]),
     "not centred, no bias correction": ("gptq", ["centre=false"]),

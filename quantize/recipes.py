@@ -23,7 +23,6 @@ class Recipe:
     act_order: bool = True  # columns by descending Hessian diagonal, groups static
     damping: float = 0.003  # share of the mean Hessian diagonal added to the diagonal
     damping_starved: float = 0.2  # the same, times columns / effective tokens of the expert
-    shrink: float = 0.0  # pull an expert's Hessian towards the layer's, more for fewer tokens; an ablation
     token_power: float = 1.0  # token weight = router probability ** token_power
     centre: bool = True  # centred covariance; the expert's bias absorbs the mean error
     sweeps: int = 1  # rounds of joint scale refit and coordinate descent after GPTQ

@@ -15,7 +15,6 @@ from gptoss_quantize.kernels.grids import INT4, Grid
 from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factorize, gptq, refine
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.scales import RULES, lattice_candidates, on_mxfp4_grid, searched_scale
-from gptoss_quantize.quantize.shrink import shrunk
 
 
 @dataclass(slots=True)
@@ -52,8 +51,6 @@ def solve(
     becomes b + W m - Q m^ (E3), which makes the mean output exact. `products`: the dtype of those matrix
     products that choose and correct, but are not the result (None: the weights').
     """
-    if stats is not None and recipe.shrink:
-        stats = shrunk(stats, recipe.shrink)
     experts, threads = weight_ENK.shape[0], torch.get_num_threads()
     if stats is None or weight_ENK.device.type != "cpu" or min(experts, threads) == 1:
         return _solve_batch(weight_ENK, bias_EN, stats, recipe, group_size, grid, products)
@@ -126,7 +123,7 @@ def _solve_batch(
 
     bias = bias_EN
     if recipe.centre:
-        quantized = int4.dequantize(codes, scale)
+        quantized = int4.dequantize(codes, scale, weight_ENK.dtype)
         # expert by expert: a batched product rounds differently when the batch is a single expert
         bias = bias_EN.clone()
         for e, s in enumerate(stats):

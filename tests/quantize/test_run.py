@@ -93,6 +93,14 @@ def test_rtn_codes_are_the_nearest(tiny, undisturbed):
 def test_config_says_what_it_is(tiny, tmp_path, group_size):
     report = quantize(tiny.path("mxfp4"), tmp_path / "out", group_size=group_size)
     assert report["source_is_mxfp4"]
+    error = size = 0.0
+    original, rounded = Checkpoint(tiny.path("mxfp4")), Checkpoint(tmp_path / "out")
+    for layer in range(3):
+        for e in range(8):
+            for name in ("gate_up", "down"):
+                wanted, got = (getattr(c.expert(layer, e), name).double() for c in (original, rounded))
+                error, size = error + float((got - wanted).square().sum()), size + float(wanted.square().sum())
+    assert report["weight_error"] == pytest.approx(error / size, rel=1e-5)
     source = json.loads((tiny.path("mxfp4") / "config.json").read_text())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     quantization = config.pop("quantization_config")

@@ -204,6 +204,7 @@ def test_quantize_evaluate_generate(command, tiny, tmp_path, text, method):
     assert "4.25 bits per weight" in err
     assert "layer" in err
     assert "keep the release" in " ".join(err.split())
+    assert f"(the experts' {'weights' if method == 'rtn' else 'outputs'} move by" in " ".join(err.split())
     report = json.loads((out / "quantization_report.json").read_text())
     assert report["settings"]["method"] == method
     if method == "gptq":
