@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cost import machine, run
 
-POLISH = "60"
+POLISH = "40"
 OURS: dict[str, list[str]] = {
     f"{method} {name}": [*options, *grid]
     for name, grid in (
