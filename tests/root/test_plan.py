@@ -173,7 +173,11 @@ def test_order_of_the_curve(small):
 def test_plan_of_a_directory_and_of_a_name(tiny):
     record = plan_model(PlanRequest(model=str(tiny.path("mxfp4")), tokens=768, seq_len=48, gpu_memory=GIB))
     assert record["time"]["seconds"] > 0
-    assert record["time"]["phases"].keys() >= {"attention", "forward", "moments", "solve"}
+    phases = record["time"]["phases"]
+    assert phases.keys() >= {"attention", "forward", "moments", "solve"}
+    by_tokens = phases["attention"] + phases["forward"] + phases["moments"]
+    more = record["time"]["more_tokens"]
+    assert more["seconds"] == pytest.approx(record["time"]["seconds"] + 3 * by_tokens)
     assert record["memory"]["peak"] >= record["memory"]["least"] > 0
     json.dumps(record)
     record = plan_model(PlanRequest(model="gpt-oss-120b", gpu_memory=80 * GIB, measure=False))
