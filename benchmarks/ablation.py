@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -106,6 +107,7 @@ def main() -> None:
         "tokens": args.tokens,
         "eval_tokens": args.eval_tokens,
         "group_size": args.group_size,
+        "recipe": asdict(RECIPES["gptq"]),
     }
     record = {"settings": settings, "rows": {}}
     if args.out.exists():

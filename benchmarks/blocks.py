@@ -8,13 +8,13 @@ routed block's output, router included, over its squared norm, on tokens of docu
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
+from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.kernels import int4, mxfp4
 from gptoss_quantize.model import attend, batches, embed, mlp_input, moe, rope_tables, router
@@ -22,6 +22,8 @@ from gptoss_quantize.quantize.formats import Format, pick_format
 from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.run import compute_dtype
+
+JUDGED = 12288  # held-out tokens that fidelity.py judges on
 
 
 @dataclass(slots=True)
@@ -36,10 +38,16 @@ class Block:
 
 
 def load_ids(model: Path, tokens: int, eval_tokens: int, seq_len: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the packaged (calibration, held-out) token ids, each [N, S]."""
+    """Return the packaged (calibration, held-out) token ids, each [N, S].
+
+    The first JUDGED held-out tokens are left out: what a recipe was chosen on must not judge it too.
+    """
     tokenizer = load_tokenizer(model)
-    held = TextSpec(source="heldout", tokens=eval_tokens, seq_len=seq_len, shuffle=False)
-    return load_tokens(TextSpec(tokens=tokens, seq_len=seq_len), tokenizer).ids, load_tokens(held, tokenizer).ids
+    held = TextSpec(source="heldout", tokens=JUDGED, seq_len=seq_len, shuffle=False)
+    rest = load_following(held, tokenizer, eval_tokens)
+    if rest is None or rest.tokens < eval_tokens:
+        raise SystemExit(f"the held-out text ends before {JUDGED} + {eval_tokens} tokens; give fewer --eval-tokens")
+    return load_tokens(TextSpec(tokens=tokens, seq_len=seq_len), tokenizer).ids, rest.ids
 
 
 @torch.inference_mode()
@@ -151,8 +159,3 @@ def rewrite(
         if path.suffix in (".json", ".jinja") and "index" not in path.name and path.name != "config.json":
             shutil.copyfile(path, dest / path.name)
     dest.rename(final)
-
-
-def with_fields(recipe: Recipe, **changes: object) -> Recipe:
-    """Return the recipe with fields changed."""
-    return replace(recipe, **changes)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ The unquantized model's final hidden states on the held-out text are kept in OUT
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -77,7 +78,8 @@ def calibration(args: argparse.Namespace) -> np.ndarray:
 
 def baseline(model: Checkpoint, out: Path, ids: torch.Tensor) -> torch.Tensor:
     """Return the unquantized model's final hidden states, computed once."""
-    key = hashlib.sha256(ids.numpy().tobytes() + str(model.path.resolve()).encode()).hexdigest()[:12]
+    files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in model.files()]
+    key = hashlib.sha256(ids.numpy().tobytes() + str(sorted(files)).encode()).hexdigest()[:12]
     path = out / f"baseline-{key}.pt"
     if not path.exists():
         torch.save(hidden_states(model, ids), path)
@@ -92,12 +94,18 @@ def judge(model: Checkpoint, candidate: Checkpoint, out: Path, ids: torch.Tensor
     return summarize(compare_hidden(base, model.head().float(), others, ids)[0])
 
 
-def ours(name: str, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
-    """Quantize by our command line, evaluate, return the row."""
+def command_of(name: str, args: argparse.Namespace) -> list[str]:
+    """Return the command of one of our rows."""
     dest = args.out / ("ours-" + "".join(c if c.isalnum() else "-" for c in name))
     options = OURS[name] if "--tokens" in OURS[name] else [*OURS[name], "--tokens", str(args.tokens)]
     start = [sys.executable, "-P", "-c", "from gptoss_quantize.cli import main; main()"]
-    command = [*start, "quantize", str(args.model), str(dest), "--overwrite", *options]
+    return [*start, "quantize", str(args.model), str(dest), "--overwrite", *options]
+
+
+def ours(name: str, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, Any]:
+    """Quantize by our command line, evaluate, return the row."""
+    command = command_of(name, args)
+    dest = Path(command[command.index("quantize") + 2])
     cost = run(command, dest.with_suffix(".log"))
     report = json.loads((dest / "quantization_report.json").read_text(encoding="utf-8"))
     row = {
@@ -109,6 +117,7 @@ def ours(name: str, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, An
         "peak_rss_mib": report["peak_rss_mib"],
         "bits": report["expert_bits_per_weight"],
         "experts_under_50_tokens": len(report["experts_under_50_tokens"]) + len(report["experts_without_tokens"]),
+        "tokens": 0 if report["calibration"] is None else math.prod(report["calibration"]["shape"]),
         "polish": report["polish"],
         "result": judge(Checkpoint(args.model), Checkpoint(dest), args.out, ids),
     }
@@ -128,6 +137,7 @@ def peer(path: Path, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, A
         "cpu_s": bench["cpu_s"],
         "peak_rss_mib": bench["peak_rss_mib"],
         "bits": bench["bits_per_weight"],
+        "tokens": math.prod(bench["calibration_shape"]),
         "bench": bench,
         "result": judge(Checkpoint(args.model), Checkpoint(path), args.out, ids),
     }
@@ -136,14 +146,15 @@ def peer(path: Path, args: argparse.Namespace, ids: torch.Tensor) -> dict[str, A
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Return the rows as Markdown, by bits and then by divergence."""
     lines = [
-        "| checkpoint | bits | KL mean | KL p99 | top-1 | perplexity | CPU s | peak MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| checkpoint | bits | text | KL mean | KL p99 | top-1 | perplexity | CPU s | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in sorted(rows.items(), key=lambda item: (round(item[1]["bits"], 2), item[1]["result"]["kl_mean"])):
         r = row["result"]
         error = "" if r["kl_mean_se"] is None else f" ± {r['kl_mean_se']:.4f}"
+        text = row["tokens"] + (row["polish"]["text"]["tokens"] if row.get("polish") else 0)
         lines.append(
-            f"| {name} | {row['bits']:.2f} | {r['kl_mean']:.4f}{error} | {r['kl_p99']:.3f} "
+            f"| {name} | {row['bits']:.2f} | {text} | {r['kl_mean']:.4f}{error} | {r['kl_p99']:.3f} "
             f"| {100 * r['top1_agreement']:.1f} % | {r['perplexity']:.2f} | {row.get('cpu_s', row['wall_s']):.0f} "
             f"| {row['peak_rss_mib']:.0f} |"
         )
@@ -186,7 +197,8 @@ def main() -> None:
             parser.error(f"--peer {entry}: {place}/bench.json does not exist; expected NAME=DIR of a peers/run_*.py")
         jobs.append((name, lambda place=place: peer(Path(place), args, ids)))
     for name, job in jobs:
-        if name in record["rows"] and not args.again:
+        before = record["rows"].get(name, {})
+        if before and not args.again and (name not in args.ours or before["command"] == command_of(name, args)):
             continue
         record["rows"][name] = job()
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -117,7 +117,7 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
 def load_tokens(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Return the packed sequences that a spec stands for; the same spec gives the same ids everywhere."""
     wanted = None if spec.tokens is None else spec.tokens // spec.seq_len * spec.seq_len
-    stream, documents, separator = _stream(spec, tokenizer, wanted)
+    stream, documents, separator = _stream(spec, tokenizer, 0, wanted)
     have, needed = len(stream), wanted or spec.seq_len
     if have < needed:
         raise InputError(_too_little(spec, have, documents, needed))
@@ -133,30 +133,33 @@ def load_following(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, tokens: i
     if spec.tokens is None:
         raise ValueError("nothing follows all of the text")
     start = spec.tokens // spec.seq_len * spec.seq_len
-    stream, documents, separator = _stream(spec, tokenizer, start + max(tokens, spec.seq_len))
-    rest = stream[start : start + tokens]
-    count = len(rest) // spec.seq_len
+    rest, documents, separator = _stream(spec, tokenizer, start, start + max(tokens, spec.seq_len))
+    count = min(len(rest), tokens) // spec.seq_len
     return _tokens(spec, rest[: count * spec.seq_len].reshape(count, -1), documents, separator) if count else None
 
 
 def _stream(
-    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, wanted: int | None
+    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, start: int, wanted: int | None
 ) -> tuple[torch.Tensor, int, tuple[str, int] | None]:
-    """Return (ids of documents until `wanted` are there, documents, separator); None takes all of the text."""
+    """Return (ids from `start` on of documents until `wanted` are there, documents of these, separator).
+
+    `wanted` None takes all of the text.
+    """
     separator = _document_separator(tokenizer)
     pieces = [torch.empty(0, dtype=torch.int64)]
-    have = documents = 0
+    have = documents = before = 0
     for record, text in _texts(spec, tokenizer):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         # the first piece of a text may be blank, and then it is not here
         if not record.continued or not documents:
+            before = documents if have <= start else before
             ids = [separator[1], *ids] if separator and documents else ids
             documents += 1
         pieces.append(torch.tensor(ids, dtype=torch.int64))
         have += len(ids)
         if wanted is not None and have >= wanted:
             break
-    return torch.cat(pieces), documents, separator
+    return torch.cat(pieces)[start:], documents - before, separator
 
 
 def _tokens(spec: TextSpec, ids: torch.Tensor, documents: int, separator: tuple[str, int] | None) -> Tokens:

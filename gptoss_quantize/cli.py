@@ -149,7 +149,8 @@ def quantize(
         ),
     ] = None,
     polish: Annotated[
-        int, typer.Option(min=0, help="Experimental: steps of end-to-end polish of scales, biases, norms; slow.")
+        int,
+        typer.Option(min=0, help="Steps of end-to-end polish of scales, biases, norms, on text after --tokens."),
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or a stale unfinished run.")] = False,
@@ -206,6 +207,7 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
             f"polish: KL {polish['kl_before']:.4f} -> {polish['kl_after']:.4f} on {polish['heldout_tokens']} "
             f"held-out tokens after {polish['steps']} steps on text that calibration did not see"
             + ("" if polish["kept"] else "; [yellow]it did not help, and nothing was changed[/yellow]")
+            + ("" if polish["rounds"] <= 1 else f"; [yellow]text ran short: {polish['rounds']:.1f} rounds[/yellow]")
         )
     for key, words in (
         ("experts_without_tokens", "expert(s) saw no calibration token and were rounded without error feedback"),

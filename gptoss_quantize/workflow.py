@@ -73,10 +73,12 @@ def quantize_model(
     """
     job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
-    tokens = load_tokens(text, load_tokenizer(source.path)) if job.recipe.calibrated else None
-    if job.polish and tokens is not None:
-        wanted = text_needed(job.polish, text.seq_len)
-        job = replace(job, polish_text=load_following(text, load_tokenizer(source.path), wanted))
+    tokens = None
+    if job.recipe.calibrated:
+        tokenizer = load_tokenizer(source.path)
+        tokens = load_tokens(text, tokenizer)
+        if job.polish:
+            job = replace(job, polish_text=load_following(text, tokenizer, text_needed(job.polish, text.seq_len)))
     task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
     polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
     with joined(job.device) as ranks:

@@ -39,8 +39,8 @@ class InputFold:
     scale: torch.Tensor  # [D], what the experts' columns are multiplied by
     norm: torch.Tensor  # [D], new post_attention_layernorm.weight in its stored dtype
     router: torch.Tensor  # [E, D], new router weight in its stored dtype
-    alpha: float
-    gain: float  # sampled block output error with the fold over that without
+    alpha: float  # as applied: the best one for plain rounding, times the recipe's strength
+    gain: float  # sampled block output error under plain rounding, with the best fold for it over that without
 
 
 @dataclass(slots=True)

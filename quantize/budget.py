@@ -29,6 +29,7 @@ from gptoss_quantize.units import gib
 
 DEFAULT_SHARE = 0.6  # of what is free
 CARD_SHARE = 0.85  # of what is free on a card
+POLISH_CHUNK = 512  # tokens whose logits a polish has in memory at a time
 # more experts at a time than this make nothing faster: their arrays only leave the cache
 USEFUL_BYTES = 512 << 20
 # what one batch of attention needs for each of its elements: about ten copies in up to four bytes
@@ -159,17 +160,21 @@ def resolve(
     )
 
 
-def polish_bytes(config: ModelConfig, tokens: int, step_tokens: int, group_size: int | None) -> int:
-    """Return about what a polish needs beside the process: nearly all of it grows with the whole model.
+def polish_bytes(
+    config: ModelConfig, tokens: int, step_tokens: int, group_size: int | None, dtype: torch.dtype, base: int
+) -> int:
+    """Return about what a process of `base` bytes needs for a polish: nearly all of it grows with the whole model.
 
-    Scales are kept six times: start, step, gradient, Adam's two, best. `group_size` None: no free scales (MXFP4).
+    Scales are kept seven times: start, unit, step, gradient, Adam's two, best. `group_size` None: no free scales
+    (MXFP4). `dtype` is that of matrix products.
     Before the steps the original model runs over all `tokens`: the stream in float32, and what a layer makes of it.
     """
     D, F, pairs = config.hidden, config.intermediate, step_tokens * config.top_k
     scales = 0 if group_size is None else config.experts * 3 * D * F // group_size
-    kept = pairs * 2 * (2 * F + D) + step_tokens * 4 * D
-    steps = config.layers * (24 * scales + kept) + 2 * 2 * config.vocab * D + tokens * 2 * D
-    return max(steps, tokens * 16 * D) + _fixed_bytes(config)
+    kept = pairs * dtype.itemsize * (2 * F + D) + step_tokens * 4 * D
+    vocabulary = config.vocab * ((2 + dtype.itemsize) * D + 4 * 4 * POLISH_CHUNK)
+    steps = config.layers * (28 * scales + kept) + vocabulary + tokens * dtype.itemsize * D
+    return base + max(steps, tokens * 16 * D) + _fixed_bytes(config)
 
 
 def resolve_card(

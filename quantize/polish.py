@@ -27,12 +27,12 @@ from torch.nn import functional
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.kernels.experts import by_halves, tokens_of
-from gptoss_quantize.model import attend, mlp_input, rms_norm, rope_tables, router
+from gptoss_quantize.model import attend, batches, mlp_input, rms_norm, rope_tables, router
+from gptoss_quantize.quantize.budget import POLISH_CHUNK
 from gptoss_quantize.quantize.polish_expert import ExpertOutput, Kept, Matrix, int4_matrix, mxfp4_matrix
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 FINAL = "model.norm.weight"
-CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,7 @@ class Free:
     unit: torch.Tensor
     step: torch.Tensor  # float32, what Adam moves
     rounding: Callable[[torch.Tensor], torch.Tensor]
+    dtype: torch.dtype  # as stored: bfloat16, but for the norms of a source that has others
 
     def value(self) -> torch.Tensor:
         """Return the value as stored, in float32; its gradient goes to `step` unchanged."""
@@ -76,15 +77,15 @@ class Free:
         return wanted + (self.rounding(wanted) - wanted).detach()
 
 
-def _bfloat16(values: torch.Tensor) -> torch.Tensor:
-    return values.bfloat16().float()
+def _stored_as(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda values: values.to(dtype).float()
 
 
 def _within_rounding(
     stored: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor], generator: torch.Generator
 ) -> torch.Tensor:
     """Return values spread evenly over what rounds to the stored ones."""
-    # bfloat16 has 8 significant bits, and frexp's fraction lies in [0.5, 1)
+    # bfloat16 has 8 significant bits, and frexp's fraction lies in [0.5, 1); finer dtypes need no such help
     spacing = torch.ldexp(torch.ones_like(stored), torch.frexp(stored).exponent - 8)
     shares = torch.rand(stored.shape, generator=generator, device=generator.device).to(stored.device) - 0.5
     moved = stored + shares * spacing
@@ -100,15 +101,15 @@ def free_values(tensors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, Fr
         if name.endswith("_weight_scale"):
             unit, rounding = start, int4.round_scale
         elif name in NORMS or name == FINAL:
-            unit, rounding = start, _bfloat16
+            unit, rounding = start, _stored_as(stored.dtype)
         elif "experts" in name and name.endswith("_bias"):
             # pre-activations are of order one, and the experts' outputs a tenth of that
             size = 1.0 if ("w13" in name or "gate_up" in name) else 0.1
-            unit, rounding = torch.tensor(size), _bfloat16
+            unit, rounding = torch.tensor(size), _stored_as(stored.dtype)
         else:
             continue
         step = torch.zeros_like(start, requires_grad=True)
-        found[name] = Free(_within_rounding(start, rounding, generator), unit, step, rounding)
+        found[name] = Free(_within_rounding(start, rounding, generator), unit, step, rounding, stored.dtype)
     return found
 
 
@@ -165,7 +166,7 @@ def _head_loss(
 ) -> tuple[float, torch.Tensor]:
     """Return (sum over tokens of KL(teacher || student), its gradient by the student's normed hidden states)."""
     total, gradient = 0.0, torch.zeros_like(hidden_TD)
-    for part in torch.arange(hidden_TD.shape[0]).split(CHUNK_TOKENS):
+    for part in torch.arange(hidden_TD.shape[0]).split(POLISH_CHUNK):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         wanted, got = (
             functional.linear(h[rows].to(student.dtype), student.head).float().log_softmax(-1)
@@ -181,12 +182,15 @@ def _head_loss(
 @torch.no_grad()
 def measure(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor) -> float:
     """Return the mean KL(teacher || student) in nats; `teacher` are its normed final hidden states."""
-    h = functional.embedding(ids_NS, student.embedding).float()
-    rope = rope_tables(student.config, ids_NS.shape[1], str(h.device))
-    for i in range(student.config.layers):
-        h = run_layer(student, i, student.layer(i), h, rope)
-    final = rms_norm(h, student.free[-1][FINAL].value(), student.config.rms_eps).flatten(0, 1)
-    return _head_loss(student, final, teacher_NSD.flatten(0, 1), False)[0] / ids_NS.numel()
+    rope = rope_tables(student.config, ids_NS.shape[1], str(student.embedding.device))
+    total = 0.0
+    for batch in batches(*ids_NS.shape):
+        h = functional.embedding(ids_NS[batch], student.embedding).float()
+        for i in range(student.config.layers):
+            h = run_layer(student, i, student.layer(i), h, rope)
+        final = rms_norm(h, student.free[-1][FINAL].value(), student.config.rms_eps).flatten(0, 1)
+        total += _head_loss(student, final, teacher_NSD[batch].flatten(0, 1), False)[0]
+    return total / ids_NS.numel()
 
 
 def _grad(tensor: torch.Tensor) -> torch.Tensor:
@@ -223,8 +227,14 @@ def gradients(student: Student, ids_NS: torch.Tensor, teacher_NSD: torch.Tensor)
 def text_needed(steps: int, seq_len: int) -> int:
     """Return the tokens for which no step sees a sequence twice; with fewer, `polish` goes round."""
     settings = PolishSettings(steps=steps)
-    train = steps * settings.sequences
-    return seq_len * (train + min(settings.heldout_most, max(1, train // 7)))
+    count = steps * settings.sequences
+    while count - _held_out(count, settings) < steps * settings.sequences:
+        count += 1
+    return seq_len * count
+
+
+def _held_out(sequences: int, settings: PolishSettings) -> int:
+    return min(settings.heldout_most, max(1, round(settings.heldout_share * sequences)))
 
 
 def polish(
@@ -243,7 +253,8 @@ def polish(
         student.free = [free_values(student.layer(i), seed=i) for i in range(student.config.layers)]
         student.free.append(free_values({FINAL: student.final_norm}))
     steps = [free.step for layer in student.free for free in layer.values()]
-    held = min(settings.heldout_most, max(1, round(settings.heldout_share * len(ids_NS))))
+    per_step = min(settings.sequences, len(ids_NS) - _held_out(len(ids_NS), settings))
+    held = _held_out(len(ids_NS), settings)
     train, heldout = slice(0, len(ids_NS) - held), slice(len(ids_NS) - held, None)
     order = torch.randperm(len(ids_NS) - held, generator=torch.Generator().manual_seed(0))
     before = best = measure(student, ids_NS[heldout], teacher_NSD[heldout])
@@ -253,7 +264,7 @@ def polish(
         for group in adam.param_groups:
             warm = min(1.0, (step + 1) / 5)
             group["lr"] = settings.rate * warm * (1 - step / settings.steps)
-        at = torch.arange(step * settings.sequences, (step + 1) * settings.sequences) % len(order)
+        at = torch.arange(step * per_step, (step + 1) * per_step) % len(order)
         chosen = order[at]
         losses.append(gradients(student, ids_NS[train][chosen], teacher_NSD[train][chosen]))
         adam.step()
@@ -271,6 +282,8 @@ def polish(
             parameter.copy_(value)
     return {
         "steps": len(losses),
+        # above 1: the text ran short, and was gone round this often
+        "rounds": len(losses) * per_step / len(order),
         "heldout_tokens": ids_NS[heldout].numel(),
         "kl_before": before,
         "kl_after": best,

@@ -64,9 +64,9 @@ def student_of(source: Checkpoint, output: Output, dtype: torch.dtype) -> Studen
 
 
 def moved(student: Student) -> dict[str, torch.Tensor]:
-    """Return every free tensor by its full name, in bfloat16 as stored."""
+    """Return every free tensor by its full name, in its stored dtype."""
     out: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(student.free):
         prefix = f"model.layers.{index}." if index < student.config.layers else ""
-        out |= {prefix + name: free.value().detach().to(torch.bfloat16) for name, free in layer.items()}
+        out |= {prefix + name: free.value().detach().to(free.dtype) for name, free in layer.items()}
     return out

@@ -35,7 +35,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether the recipe looks at activations at all."""
-        return self.gptq or self.awq or self.scale == "search"
+        return self.gptq or self.awq or self.scale == "search" or self.sweeps > 0 or self.centre
 
 
 RECIPES: dict[str, Recipe] = {
@@ -70,4 +70,9 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
             raise InputError(f"recipe field {name}: {text!r} is not a {kinds[name]} (--set name=value)") from None
     if (scale := values.get("scale", recipe.scale)) not in SCALES:
         raise InputError(f"recipe field scale: {scale!r} is unknown; expected one of {', '.join(SCALES)}")
-    return replace(recipe, **values)
+    changed = replace(recipe, **values)
+    if changed.asymmetric and not changed.gptq:
+        raise InputError(
+            "recipe field asymmetric corrects the target of error feedback: gptq=false needs asymmetric=0"
+        )
+    return changed

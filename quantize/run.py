@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import torch
 
 from gptoss_quantize import __version__
@@ -24,7 +25,9 @@ from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
 from gptoss_quantize.quantize.budget import (
     CARD_SHARE,
+    DEFAULT_SHARE,
     Budget,
+    free_memory,
     make_room,
     polish_bytes,
     release_memory,
@@ -214,10 +217,9 @@ def _run(
                 write_layer(source, i, job.dense, result, output, ranks)
             del result
             on_layer(i)
-    if job.polish and job.polish_text is not None and ranks.rank == 0:
+    if job.polish and job.polish_text is not None:
         with clock("polish"):
-            settings = PolishSettings(steps=job.polish)
-            polish_output(source, output, job.polish_text, job.dtype or torch.float32, settings, on_step)
+            _polish(source, job, job.polish_text, output, on_step, ranks)
     bits = job.target.bits_per_weight(config.hidden)
     peaks = everyone(ranks, peak_of(output))
     report = report_of(tokens, output, bits, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
@@ -225,6 +227,28 @@ def _run(
         _finish(source, job, output, report)
     everyone(ranks, None)
     return report
+
+
+def _polish(
+    source: Checkpoint,
+    job: Job,
+    text: Tokens,
+    output: Output,
+    on_step: Callable[[int, float], None],
+    ranks: Ranks,
+) -> None:
+    """Polish in the first rank; the others hear of every step, so that none takes it for lost."""
+    if ranks.rank:
+        while everyone(ranks, None)[0]:
+            pass
+        return
+
+    def step(number: int, kl: float) -> None:
+        everyone(ranks, True)
+        on_step(number, kl)
+
+    polish_output(source, output, text, job.dtype or torch.float32, PolishSettings(steps=job.polish), step)
+    everyone(ranks, False)
 
 
 def _finish(source: Checkpoint, job: Job, output: Output, report: dict[str, Any]) -> None:
@@ -256,9 +280,10 @@ def _check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
     _check_options(source, job, tokens)
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
-    if tokens is not None and int(tokens.ids.max()) >= config.vocab:
+    highest = max((int(text.ids.max()) for text in (tokens, job.polish_text) if text is not None), default=0)
+    if highest >= config.vocab:
         raise InputError(
-            f"calibration text has token id {int(tokens.ids.max())}, the model's vocabulary ends at "
+            f"calibration text has token id {highest}, the model's vocabulary ends at "
             f"{config.vocab - 1}; tokenizer and model do not belong together"
         )
 
@@ -320,6 +345,19 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         return
     count = 0 if tokens is None else tokens.tokens
     dtype = job.dtype or compute_dtype(job.device)
+    if job.polish and (text := job.polish_text) is not None:
+        # on the processor, wherever the layers are quantized
+        step = PolishSettings(steps=job.polish).sequences * text.ids.shape[1]
+        groups, base = job.group_size if job.format == "int4" else None, psutil.Process().memory_info().rss
+        need = polish_bytes(source.config, text.tokens, step, groups, dtype, base)
+        limit = base + int(DEFAULT_SHARE * free_memory())
+        if job.memory and not job.device.startswith("cuda"):
+            limit = job.memory
+        if need > limit:
+            raise InputError(
+                f"--polish of this model needs about {gib(need)} of memory, {gib(limit)} are allowed; "
+                "leave --polish out, take fewer steps (less text), or give more (--memory)"
+            )
     if job.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(job.device)
         limit = job.memory or int(CARD_SHARE * free)
@@ -335,14 +373,6 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         ranks=ranks.count,
         processes=ranks.local_count,
     )
-    if job.polish and (text := job.polish_text) is not None:
-        step = PolishSettings(steps=job.polish).sequences * text.ids.shape[1]
-        need = polish_bytes(source.config, text.tokens, step, job.group_size if job.format == "int4" else None)
-        if need > budget.bytes:
-            raise InputError(
-                f"--polish of this model needs about {gib(need)}, --memory allows {gib(budget.bytes)}; "
-                "leave --polish out, or give more"
-            )
     output.state["budget"] = asdict(budget)
 
 

@@ -217,6 +217,9 @@ def test_what_follows_is_the_rest_of_the_same_text(tmp_path: Path, tokenizer) ->
     assert torch.equal(first.ids, whole[:5])
     assert torch.equal(more.ids, whole[5:8])
     assert more.sha256 not in (first.sha256, load_following(spec, tokenizer, 16).sha256)
+    # only documents that it holds something of are counted
+    assert load_following(spec, tokenizer, 10**6).documents == 8
+    assert load_following(replace(spec, tokens=whole.numel() - 8), tokenizer, 8).documents == 1
     # fewer where the text ends, None where nothing is left
     assert torch.equal(load_following(spec, tokenizer, 10**6).ids, whole[5:])
     assert load_following(replace(spec, tokens=whole.numel()), tokenizer, 24) is None

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from gptoss_quantize.quantize import polish_output as polish_output_module
 from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.budget import polish_bytes
 from gptoss_quantize.quantize.output import Output
-from gptoss_quantize.quantize.polish import FINAL, PolishSettings, Student, free_values, gradients, measure, polish
+from gptoss_quantize.quantize.polish import (
+    FINAL,
+    PolishSettings,
+    Student,
+    free_values,
+    gradients,
+    measure,
+    polish,
+    text_needed,
+)
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
 from gptoss_quantize.units import GIB
@@ -84,7 +94,7 @@ def test_the_student_is_the_checkpoint(rounded, teacher, name):
 def test_gradients_are_those_of_finite_differences(rounded, teacher, monkeypatch):
     # without rounding the divergence is smooth; routing stays as it is for steps this small
     monkeypatch.setattr(module.int4, "round_scale", lambda scale: scale)
-    monkeypatch.setattr(module, "_bfloat16", lambda value: value)
+    monkeypatch.setattr(module, "_stored_as", lambda dtype: lambda value: value)
     ids, wanted = teacher
     student = student_of(rounded("int4"))
     gradients(student, ids, wanted)
@@ -208,6 +218,47 @@ def test_a_polished_run_keeps_codes_and_changes_the_rest(tiny, tmp_path, monkeyp
     assert all(torch.equal(resumed[n], after[n]) for n in after)
 
 
+def test_no_step_sees_a_sequence_twice_where_the_text_is_as_long_as_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "measure", lambda *_: 1.0)
+    monkeypatch.setattr(module, "gradients", lambda student, ids, wanted: seen.extend(ids[:, 0].tolist()) or 1.0)
+    step = torch.zeros(1, requires_grad=True)
+    student = SimpleNamespace(free=[{"a": module.Free(torch.zeros(1), torch.ones(1), step, None, torch.bfloat16)}])
+    for steps in range(1, 60):
+        seen.clear()
+        count = text_needed(steps, 1)
+        ids = torch.arange(count)[:, None]
+        report = polish(student, ids, ids, PolishSettings(steps=steps, patience=99))
+        assert len(seen) == len(set(seen)) == 4 * steps
+        assert report["rounds"] <= 1
+        assert not set(seen) & set(range(count - report["heldout_tokens"], count))
+    # and goes round where it is shorter, never twice in one step
+    seen.clear()
+    report = polish(student, torch.arange(4)[:, None], torch.arange(4)[:, None], PolishSettings(steps=5, patience=9))
+    assert sorted(seen) == sorted([0, 1, 2] * 5)
+    assert report["rounds"] == 5
+
+
+@pytest.mark.parametrize(("kind", "options"), [("float32", {}), ("bf16", {"format": "mxfp4", "group_size": 32})])
+def test_a_whole_polish_of_other_norms_and_of_mxfp4(tiny, tmp_path, kind, options):
+    # three steps on a few tokens help or not: what is written must be whole either way, and other text be no worse
+    source = Checkpoint(tiny.path(kind))
+    job = Job(
+        dest=tmp_path / "out", method="gptq", recipe=RECIPES["gptq"], device="cpu", dtype=torch.float32, **options
+    )
+    job = replace(job, polish=3, polish_text=tiny.tokens(12, seed=9))
+    report = quantize_checkpoint(source, job, tiny.tokens())
+    if not report["polish"]["kept"]:
+        pytest.fail(f"the polish did not help, and this test shows nothing: {report['polish']}")
+    changed = 0
+    for name, shape in source.shapes().items():
+        if name.endswith("norm.weight"):
+            before, after = source.read(name), Checkpoint(tmp_path / "out").read(name)
+            assert (before.dtype, shape) == (after.dtype, tuple(after.shape))
+            changed += not torch.equal(before, after)
+    assert changed
+
+
 def test_polish_needs_text(tiny, tmp_path):
     with pytest.raises(InputError, match="--polish needs a method that looks at calibration text"):
         run(tiny, tmp_path / "out", method="rtn", recipe=RECIPES["rtn"])
@@ -219,11 +270,14 @@ def test_polish_without_room_or_text_is_refused_before_any_work(tiny, tmp_path, 
         with pytest.raises(InputError, match=f"that calibration does not see, .* has {words} after the first"):
             quantize_checkpoint(Checkpoint(tiny.path("bf16")), replace(job, polish_text=text), tiny.tokens())
     config = parse_config(gptoss_config("gpt-oss-20b"), "20b")
-    # 298 million scales, six float32 each: 6.7 GiB, and what the experts' inner results and the embedding take
-    assert 9 * GIB < polish_bytes(config, 32768, 2048, 64) < 15 * GIB
-    assert polish_bytes(config, 32768, 2048, None) < polish_bytes(config, 32768, 2048, 64) - 6 * GIB
+    # 298 million scales, seven float32 each: 7.8 GiB; the experts' inner results 3.7, embedding, head and logits 3.7
+    fixed = (torch.bfloat16, GIB)
+    assert 17 * GIB < polish_bytes(config, 32768, 2048, 64, *fixed) < 20 * GIB
+    assert polish_bytes(config, 32768, 2048, None, *fixed) < polish_bytes(config, 32768, 2048, 64, *fixed) - 7 * GIB
+    # the original's pass over a long text takes more than the steps
+    assert polish_bytes(config, 2_000_000, 2048, 64, *fixed) > 2_000_000 * 2880 * 16
     source = Checkpoint(tiny.path("bf16"))
     monkeypatch.setattr(run_module, "polish_bytes", lambda *args: 1 << 60)
-    with pytest.raises(InputError, match=r"--polish of this model needs about .* leave --polish out, or give more"):
+    with pytest.raises(InputError, match=r"--polish of this model needs about .* leave --polish out, take fewer"):
         quantize_checkpoint(source, replace(job, polish_text=tiny.tokens(4, seed=9)), tiny.tokens(4))
     assert list(tmp_path.iterdir()) == []

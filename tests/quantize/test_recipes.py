@@ -28,5 +28,17 @@ def test_mistakes_are_refused(setting, words):
         override(RECIPES["gptq"], [setting])
 
 
+@pytest.mark.parametrize("kept", ["sweeps=1", "centre=true"])
+def test_what_is_left_of_a_calibrated_recipe_still_needs_text(kept):
+    off = ["gptq=false", "asymmetric=0", "scale=signed", "sweeps=0", "centre=false"]
+    assert not override(RECIPES["gptq"], off).calibrated
+    assert override(RECIPES["gptq"], [*off, kept]).calibrated
+
+
+def test_a_target_for_error_feedback_that_is_off_is_refused():
+    with pytest.raises(InputError, match="gptq=false needs asymmetric=0"):
+        override(RECIPES["gptq"], ["gptq=false"])
+
+
 def test_only_plain_rounding_needs_no_text():
     assert [name for name, recipe in RECIPES.items() if not recipe.calibrated] == ["rtn", "rtn-signed"]

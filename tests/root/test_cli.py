@@ -232,6 +232,23 @@ def test_quantize_evaluate_generate(command, tiny, tmp_path, text, method):
     assert command("generate", model, "--prompt", "The sea", "--max-new-tokens", "2")[0] == 0
 
 
+def test_polish_takes_the_text_behind_the_calibrations(command, tiny, tmp_path, text):
+    calibrated, out = ("--calibration", text, "--tokens", "128", "--seq-len", "32"), tmp_path / "out"
+    code, _, err = command("quantize", tiny.path("bf16"), out, *calibrated, "--polish", "2", "--dtype", "float32")
+    assert code == 0
+    report = json.loads((out / "quantization_report.json").read_text())["polish"]
+    # 2 steps of 4 sequences and one held out
+    assert report["text"]["tokens"] == 9 * 32
+    assert report["heldout_tokens"] == 32
+    words = " ".join(err.split())
+    assert (
+        f"polish: KL {report['kl_before']:.4f} -> {report['kl_after']:.4f} on 32 held-out tokens after 2 steps"
+        in words
+    )
+    assert ("nothing was changed" in words) == (not report["kept"])
+    assert "ran short" not in words
+
+
 def test_evaluate_a_model_against_itself(command, tiny, text, tmp_path):
     numbers = tmp_path / "x.json"
     path = tiny.path("bf16")
