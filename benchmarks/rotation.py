@@ -44,7 +44,7 @@ def orthogonal(size: int, kind: str, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     power = size & -size if kind == "hadamard" else 1
     rest = torch.randn(size // power, size // power, generator=generator, dtype=torch.float64)
-    rotation = torch.kron(torch.linalg.qr(rest).Q, hadamard(power))
+    rotation = torch.kron(torch.linalg.qr(rest).Q.contiguous(), hadamard(power))
     signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
     return signs[:, None] * rotation
 
