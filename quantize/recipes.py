@@ -43,8 +43,7 @@ RECIPES: dict[str, Recipe] = {
     "rtn-signed": Recipe(scale="signed", gptq=False, act_order=False, centre=False, sweeps=0, asymmetric=0.0),
     "awq": Recipe(gptq=False, act_order=False, sweeps=0, asymmetric=0.0, centre=False, awq=True),
     "gptq": Recipe(),
-    # the most that is known to help, whatever it takes; the up->down fold at half of what suits plain rounding
-    "awq+gptq": Recipe(awq=True, awq_strength=0.5, sweeps=2, token_power=1.5),
+    "awq+gptq": Recipe(awq=True, awq_strength=0.5),
 }
 
 
