@@ -1,7 +1,7 @@
 """Run one quantization by several gloo ranks, forked from this process; used by test_ranks.py.
 
 Usage: ranks_driver.py MODEL TOKENS OUT SCENARIOS, the last as JSON: a list of {"ranks", "method", "dest", "resume",
-"lose"}, where "lose" is [rank, layer]: that rank kills itself after that layer. Prints the messages of all ranks.
+"polish", "lose"}, where "lose" is [rank, layer]: that rank kills itself after that layer. Prints all ranks' messages.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ def work(rank: int, port: int, scenario: dict, model: str, ids: list, out: Path)
         device="cpu",
         dtype=getattr(torch, scenario.get("dtype", "float32")),
         resume=scenario.get("resume", False),
+        polish=scenario.get("polish", 0),
+        polish_text=replace(tokens, ids=tokens.ids.flip(1)) if "polish" in scenario else None,
         # only one rank may disagree
         dense="int8" if scenario.get("other") == rank else "source",
     )

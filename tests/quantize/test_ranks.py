@@ -27,6 +27,7 @@ SCENARIOS = [
     {"ranks": 2, "method": "rtn", "dest": "two"},
     {"ranks": 3, "method": "rtn", "dest": "fused", "format": "mxfp4"},
     {"ranks": 2, "method": "awq+gptq", "dest": "folded", "dtype": "bfloat16"},
+    {"ranks": 2, "method": "gptq", "dest": "polished", "polish": 2},
 ]
 
 
@@ -98,6 +99,13 @@ def test_a_lost_rank_is_an_error_of_the_others(ran):
     assert "--resume, with any number of ranks" in survivor
 
 
+def test_the_first_rank_polishes_and_the_others_wait(ran):
+    root, messages = ran
+    assert messages[8] == ["done", "done"]
+    report = json.loads((root / "polished" / "quantization_report.json").read_text())
+    assert report["polish"]["steps"] == 2
+
+
 def test_ranks_that_disagree(ran):
     messages = ran[1][4]
     assert all("rank 1 sees another dense than rank 0; all ranks need the same options" in m for m in messages)
@@ -112,7 +120,8 @@ def test_what_rank_0_refuses_is_refused_by_all(ran):
 
 
 def test_nothing_is_left_behind(ran):
-    assert sorted(p.name for p in ran[0].iterdir()) == ["folded", "fused", "lost", "other.partial", "rounded", "two"]
+    kept = ["folded", "fused", "lost", "other.partial", "polished", "rounded", "two"]
+    assert sorted(p.name for p in ran[0].iterdir()) == kept
 
 
 @pytest.mark.parametrize("items", [0, 1, 5, 32, 128])
