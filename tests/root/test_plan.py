@@ -170,7 +170,7 @@ def test_order_of_the_curve(small):
 # ---- the command
 
 
-def test_plan_of_a_directory_and_of_a_name(tiny):
+def test_plan_of_a_directory_and_of_a_name(tiny, capsys):
     record = plan_model(PlanRequest(model=str(tiny.path("mxfp4")), tokens=768, seq_len=48, gpu_memory=GIB))
     assert record["time"]["seconds"] > 0
     phases = record["time"]["phases"]
@@ -178,6 +178,10 @@ def test_plan_of_a_directory_and_of_a_name(tiny):
     by_tokens = phases["attention"] + phases["forward"] + phases["moments"]
     more = record["time"]["more_tokens"]
     assert more["seconds"] == pytest.approx(record["time"]["seconds"] + 3 * by_tokens)
+    print_plan(record, Console(width=300))
+    printed = capsys.readouterr().out
+    assert f"with --tokens 3072: {more['seconds'] / 60:.0f} minutes; " in printed
+    assert "@" not in printed
     assert record["memory"]["peak"] >= record["memory"]["least"] > 0
     json.dumps(record)
     record = plan_model(PlanRequest(model="gpt-oss-120b", gpu_memory=80 * GIB, measure=False))
