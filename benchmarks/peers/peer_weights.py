@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 NIBBLE_SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
-# blocks that matter little to the tokens seen may be rounded very badly: llama.cpp's IQ4_NL reached 0.89 in one matrix
+# blocks that matter little to the tokens seen may be rounded very badly: llama.cpp's IQ4_NL had 0.89 in one matrix
 # of the demo model, its other elements right (correlation 0.996); a wrong split gives 1.4
 MAX_RELATIVE_ERROR = 1.1
 # the experts of a layer together
