@@ -107,7 +107,7 @@ def print_plan(record: dict[str, Any], console: Console) -> None:
         if more := time.get("more_tokens"):
             console.print(
                 f"with --tokens {more['tokens']}: {more['seconds'] / 60:.0f} minutes; "
-                "no other option lowers the loss of gptq as much as more text does",
+                "at the same bits nothing lowers the loss of gptq as much as more text",
                 highlight=False,
             )
 
