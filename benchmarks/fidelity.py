@@ -35,6 +35,7 @@ from gptoss_quantize.model import hidden_states
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from blocks import JUDGED
 from cost import machine, run
 
 POLISH = "40"
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--ours", action="append", choices=list(OURS), default=[])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--eval-tokens", type=int, default=12288)
+    parser.add_argument("--eval-tokens", type=int, default=JUDGED)
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--keep", action="store_true", help="keep our checkpoints")
     args = parser.parse_args()

@@ -126,6 +126,11 @@ def needed(
     return base + max(vocabulary, layer)
 
 
+def limit_bytes(budget: int | None, base: int, processes: int = 1) -> int:
+    """Return what a process of `base` bytes may take: its budget, or without one its share of what is free."""
+    return budget if budget is not None else base + int(DEFAULT_SHARE * free_memory() / processes)
+
+
 def resolve(
     config: ModelConfig,
     tokens: int,
@@ -143,7 +148,7 @@ def resolve(
     for every thread fits beside them. `ranks` share the work, `processes` of them this machine.
     """
     base = psutil.Process().memory_info().rss if base is None else base
-    limit = budget if budget is not None else base + int(DEFAULT_SHARE * free_memory() / processes)
+    limit = limit_bytes(budget, base, processes)
     each = solve_bytes(config)
     useful = min(config.experts, max(threads, USEFUL_BYTES // each))
     enough = min(threads, useful)

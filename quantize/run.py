@@ -25,9 +25,8 @@ from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
 from gptoss_quantize.quantize.budget import (
     CARD_SHARE,
-    DEFAULT_SHARE,
     Budget,
-    free_memory,
+    limit_bytes,
     make_room,
     polish_bytes,
     release_memory,
@@ -350,9 +349,7 @@ def _budget(source: Checkpoint, job: Job, tokens: Tokens | None, output: Output,
         step = PolishSettings(steps=job.polish).sequences * text.ids.shape[1]
         groups, base = job.group_size if job.format == "int4" else None, psutil.Process().memory_info().rss
         need = polish_bytes(source.config, text.tokens, step, groups, dtype, base)
-        limit = base + int(DEFAULT_SHARE * free_memory())
-        if job.memory and not job.device.startswith("cuda"):
-            limit = job.memory
+        limit = limit_bytes(None if job.device.startswith("cuda") else job.memory, base)
         if need > limit:
             raise InputError(
                 f"--polish of this model needs about {gib(need)} of memory, {gib(limit)} are allowed; "
