@@ -110,7 +110,9 @@ def relative_error(written: torch.Tensor, source: torch.Tensor, rescaled: bool) 
         # alternating least squares for the diagonal factors AWQ put between tensors; two rounds are plenty
         for _ in range(2):
             for axis in (0, 1):
-                fit = (written * source).sum(axis, keepdim=True) / source.square().sum(axis, keepdim=True)
+                # a channel that was rounded to zero fits with zero, and stays zero
+                power = source.square().sum(axis, keepdim=True).clamp(min=1e-30)
+                fit = (written * source).sum(axis, keepdim=True) / power
                 source = source * fit
     return float((written - source).norm() / source.norm())
 
