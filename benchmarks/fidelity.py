@@ -204,9 +204,13 @@ def main() -> None:
         before = record["rows"].get(name, {})
         if before and not args.again and (name not in args.ours or before["command"] == command_of(name, args)):
             continue
-        record["rows"][name] = job()
+        row = job()
+        if path.exists():
+            # a process beside this one may have added rows meanwhile
+            record = json.loads(path.read_text(encoding="utf-8"))
+        record["rows"][name] = row
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(name, f"{record['rows'][name]['result']['kl_mean']:.4f}", file=sys.stderr, flush=True)
+        print(name, f"{row['result']['kl_mean']:.4f}", file=sys.stderr, flush=True)
     text = table(record["rows"])
     (args.out / "fidelity.md").write_text(text + "\n", encoding="utf-8")
     print(text)
