@@ -35,7 +35,7 @@ bench: $(STAMP)  ## time, memory and KL divergence of each option on the demo mo
 	$(BIN)/python benchmarks/cost.py bench-out $(ARGS)
 
 faults: $(STAMP)  ## kill a quantization 20 times at random moments, resume it, compare bit by bit
-	$(BIN)/python benchmarks/faults.py faults-out $(ARGS)
+	$(BIN)/python scripts/faults.py faults-out $(ARGS)
 
 wheel: $(STAMP)  ## build sdist and wheel into dist/
 	rm -rf dist

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.kernels import int4, mxfp4
+from gptoss_quantize.machine import compute_dtype
 from gptoss_quantize.model import attend, batches, embed, mlp_input, moe, rope_tables, router
 from gptoss_quantize.quantize.formats import Format, pick_format
 from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer
 from gptoss_quantize.quantize.recipes import Recipe
-from gptoss_quantize.quantize.run import compute_dtype
 
 JUDGED = 12288  # held-out tokens that fidelity.py judges on
 

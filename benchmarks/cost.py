@@ -21,8 +21,8 @@ from typing import Any
 
 from rich.progress import Progress
 
+from gptoss_quantize.api import evaluate_models
 from gptoss_quantize.calibration.text import TextSpec
-from gptoss_quantize.workflow import evaluate_models
 
 ROWS: dict[str, list[str]] = {
     "rtn": ["--method", "rtn"],

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.quantize.recipes import RECIPES, Recipe, override
 from gptoss_quantize.quantize.run import Job
-from gptoss_quantize.workflow import quantize_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

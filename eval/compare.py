@@ -34,8 +34,8 @@ from gptoss_quantize.eval.tasks import TaskSettings, check_tasks, load_tasks, ri
 from gptoss_quantize.eval.texts import Text, load_text
 from gptoss_quantize.eval.trees import lay_out, predicting_states
 from gptoss_quantize.eval.verdict import judge, measured, sentence
-from gptoss_quantize.quantize.output import write_json
-from gptoss_quantize.quantize.report import peak_rss_mib
+from gptoss_quantize.files import write_json
+from gptoss_quantize.machine import peak_rss_mib
 
 SCHEMA = 1
 # start(what, steps) tells that work begins and returns the function to call after each step

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.card import card
 from gptoss_quantize.eval.verdict import WORDS, points
-from gptoss_quantize.quantize.output import write_json
+from gptoss_quantize.files import write_json
 
 TEMPLATE = "report.html.j2"
 Figure = tuple[str, str]  # inline SVG and caption

@@ -1,6 +1,6 @@
 """Tasks through lm-eval: the packaged offline suite, any other task of lm-eval, and the answers item by item.
 
-The suite is multiple-choice questions made by benchmarks/make_tasks.py (eval/data/NOTICE): files of one JSON object
+The suite is multiple-choice questions made by scripts/make_tasks.py (eval/data/NOTICE): files of one JSON object
 per line, and one configuration that all tasks share. `offline` names all of them, `gptoss_NAME` one. Since the data
 lie in the package, their absolute paths are written into the tasks when they are loaded; `export` writes the same
 tasks for lm-eval's own command line.

@@ -159,12 +159,12 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize the experts of MODEL to int4 or MXFP4 and write a packed checkpoint to OUT."""
+    from gptoss_quantize.api import DTYPES, quantize_model
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.quantize.formats import FORMATS
     from gptoss_quantize.quantize.recipes import RECIPES, override
     from gptoss_quantize.quantize.run import Job
     from gptoss_quantize.units import parse_size
-    from gptoss_quantize.workflow import DTYPES, quantize_model
 
     spec = TextSpec(
         source=calibration, column=column, tokens=tokens, seq_len=seq_len, seed=seed, chat_template=chat_template
@@ -238,8 +238,8 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Compare CANDIDATE with the unquantized model: perplexity, KL divergence, top-1 agreement."""
+    from gptoss_quantize.api import evaluate_models
     from gptoss_quantize.calibration.text import TextSpec
-    from gptoss_quantize.workflow import evaluate_models
 
     if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
         raise InputError(f"--json {json_out}: expected a file in an existing directory; make the directory first")
@@ -286,7 +286,7 @@ def demo_model(
     ] = False,
 ) -> None:
     """Make a small real gpt-oss model from SmolLM2-135M, without any model hub."""
-    from gptoss_quantize.workflow import make_demo_model
+    from gptoss_quantize.demo.tour import make_demo_model
 
     with progress() as bar:
         make_demo_model(
@@ -306,7 +306,7 @@ def generate(
     dtype: DtypeOpt = Dtype.bfloat16,
 ) -> None:
     """Generate text greedily from a checkpoint; int4 experts stay packed in memory."""
-    from gptoss_quantize.workflow import generate_text
+    from gptoss_quantize.api import generate_text
 
     print(generate_text(model, prompt, max_new_tokens=max_new_tokens, raw=raw, dtype=dtype.value))
 
@@ -323,7 +323,7 @@ def demo(
     ] = None,
 ) -> None:
     """Make the demo model, quantize it with every method, compare them, and let the best one speak."""
-    from gptoss_quantize.workflow import run_demo
+    from gptoss_quantize.demo.tour import run_demo
 
     names = [name.strip() for name in methods.split(",")]
     if unknown := sorted(set(names) - {m.value for m in Method}):

@@ -79,12 +79,12 @@ def compare(
 
     Run again to continue an interrupted comparison or to add a checkpoint: what was computed is kept.
     """
+    from gptoss_quantize.api import DTYPES, compare_models
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.eval.compare import Settings
     from gptoss_quantize.eval.examples import PROMPTS
     from gptoss_quantize.eval.tasks import TaskSettings, expand
-    from gptoss_quantize.quantize.run import compute_dtype
-    from gptoss_quantize.workflow import DTYPES, compare_models
+    from gptoss_quantize.machine import compute_dtype
 
     names = [] if tasks == "none" else expand([name.strip() for name in tasks.split(",") if name.strip()])
     limit, budget, routed, prompts, new_tokens = _profile(profile, len(names), limit)

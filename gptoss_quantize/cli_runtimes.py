@@ -74,8 +74,8 @@ def export(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Write CHECKPOINT in another runtime's format, read it back and compare, bit for bit."""
+    from gptoss_quantize.api import open_checkpoint
     from gptoss_quantize.runtimes.exports import export_checkpoint
-    from gptoss_quantize.workflow import open_checkpoint
 
     with progress() as bar:
         report = export_checkpoint(
@@ -182,8 +182,8 @@ def verify(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
 ) -> None:
     """Load CHECKPOINT in each runtime installed here and compare predictions; exit code 1 when one disagrees."""
+    from gptoss_quantize.api import verify_checkpoint
     from gptoss_quantize.runtimes.verify import RUNTIMES
-    from gptoss_quantize.workflow import verify_checkpoint
 
     names = tuple(name.strip() for name in runtime.split(","))
     if unknown := sorted(set(names) - set(RUNTIMES)):

@@ -25,7 +25,7 @@ def synthetic_model(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
 ) -> None:
     """Make a model of true shape with random weights, to measure time and memory."""
-    from gptoss_quantize.workflow import make_synthetic_model
+    from gptoss_quantize.demo.tour import make_synthetic_model
 
     with Progress(console=console) as bar:
         facts = make_synthetic_model(dest, like=like, layers=layers, seed=seed, bar=bar)
@@ -52,8 +52,8 @@ def plan(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Say what quantizing MODEL would take and give: bytes, memory of the card, time, before it is run."""
-    from gptoss_quantize.plan import CONTEXTS, PlanRequest
-    from gptoss_quantize.workflow import plan_model
+    from gptoss_quantize.api import plan_model
+    from gptoss_quantize.sizes import CONTEXTS, PlanRequest
 
     wanted = PlanRequest(
         model=model,

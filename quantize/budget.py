@@ -9,11 +9,9 @@ The resolved numbers go into state.json and are used again when a run is resumed
 Codes do not depend on them: sums are float32 over blocks of fixed size, whatever the budget.
 """
 
-import ctypes
 import mmap
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from gptoss_quantize.calibration.moments import BLOCK_TOKENS
 from gptoss_quantize.checkpoint import dense_shapes
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.machine import free_memory, release_memory
 from gptoss_quantize.model import BATCH_TOKENS
 from gptoss_quantize.units import gib
 
@@ -50,23 +49,6 @@ class Budget:
     def solving(self, config: ModelConfig) -> int:
         """Return what the experts that are solved at a time need."""
         return self.experts_at_once * solve_bytes(config)
-
-
-def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that this process may take: the system's, or its control `group`'s where that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used, stat = (
-            (group / name).read_text(encoding="utf-8") for name in ("memory.max", "memory.current", "memory.stat")
-        )
-        if limit.strip() != "max":
-            # files in the system's cache are counted as used, and given up when memory is wanted
-            lines = dict(line.split() for line in stat.splitlines())
-            cached = int(lines.get("inactive_file", 0)) + int(lines.get("active_file", 0))
-            free = min(free, int(limit) - max(0, int(used) - cached))
-    except (OSError, ValueError):
-        return free
-    return max(0, free)
 
 
 def solve_bytes(config: ModelConfig) -> int:
@@ -214,25 +196,6 @@ def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[st
         return plan
     peak = needed(config, tokens, dtype, base, found.experts_at_once, found.states)
     return plan | {"experts_at_once": found.experts_at_once, "states": found.states, "peak": peak}
-
-
-def reuse_memory() -> None:
-    """Tell glibc to keep freed arrays for the next ones, in one arena for all threads.
-
-    By default every large array is mapped and unmapped, and the system clears its pages anew each time: measured on
-    gpt-oss-20b's shape, 65,000 pages and a fifth of the solve's time per expert, and no less memory at the peak.
-    """
-    arena_max, mmap_threshold, trim_threshold = -8, -3, -1
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((arena_max, 1), (mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1)):
-            libc.mallopt(option, value)
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system (glibc keeps it otherwise: measured, 1.2 GiB of 1.7 on the demo model)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def make_room(drop: Callable[[], None], limit: int) -> None:

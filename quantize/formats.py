@@ -13,9 +13,9 @@ import torch
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import grids, int4, mxfp4
-from gptoss_quantize.quantize.output import STEM
 from gptoss_quantize.quantize.scales import RULES
 
+STEM = "gptoss-int4"
 # names of an expert's projections: in the solve -> in int4 files, in fused files
 PROJECTIONS = {"gate_up": ("w13", "gate_up_proj"), "down": ("w2", "down_proj")}
 # what OpenAI's config.json names

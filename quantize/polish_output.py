@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.files import save_tensors
 from gptoss_quantize.model import hidden_states
 from gptoss_quantize.quantize.output import POLISHED_NAME, Output
 from gptoss_quantize.quantize.polish import FINAL, PolishSettings, Student, polish
@@ -31,7 +32,7 @@ def polish_output(
         student = student_of(source, output, dtype)
         report = polish(student, text.ids, teacher, settings, on_step) | {"text": text.record()}
         if report["kept"]:
-            output.write_file(output.partial / POLISHED_NAME, moved(student))
+            save_tensors(output.partial / POLISHED_NAME, moved(student))
         output.state["polish"] = report
         output.save_state()
     # the file is gone when only the last rename was missing

@@ -1,13 +1,13 @@
 """quantization_report.json: settings, hashes, tokens and errors per layer and expert, time and memory."""
 
 import platform
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from gptoss_quantize.calibration.text import Tokens
+from gptoss_quantize.machine import peak_rss_mib
 from gptoss_quantize.quantize.output import Output
 
 
@@ -62,14 +62,3 @@ def peak_of(output: Output) -> int | None:
     """Return the highest peak of the processes that this run has had."""
     peaks = [peak for peak in (output.state.get("peak_rss_mib"), peak_rss_mib()) if peak is not None]
     return max(peaks, default=None)
-
-
-def peak_rss_mib() -> int | None:
-    """Return the process's peak resident memory in MiB since its start; None where /proc does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) // 1024
-    except OSError:
-        return None
-    return None

@@ -21,7 +21,9 @@ from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import alone
 from gptoss_quantize.kernels import int8, native
+from gptoss_quantize.machine import compute_dtype, pick_device, release_memory, reuse_memory
 from gptoss_quantize.model import attend, batches, mlp_input, rope_tables, router
 from gptoss_quantize.quantize.budget import (
     CARD_SHARE,
@@ -29,15 +31,13 @@ from gptoss_quantize.quantize.budget import (
     limit_bytes,
     make_room,
     polish_bytes,
-    release_memory,
     resolve,
     resolve_card,
-    reuse_memory,
     token_arrays,
 )
 from gptoss_quantize.quantize.formats import Format, pick_format
 from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer, round_layer
-from gptoss_quantize.quantize.output import Output, alone
+from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.polish_output import polish_output
 from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, exchange_rows, from_first, in_turn
@@ -70,31 +70,6 @@ class Job:
     def target(self) -> Format:
         """Return the output format; InputError where it does not go with the recipe or the group size."""
         return pick_format(self.format, self.group_size, self.recipe.scale, self.recipe.awq)
-
-
-def pick_device(device: str) -> str:
-    """Return the device to compute on; auto is cuda where there is one. InputError for one that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-    if device != "cpu" and not device.startswith("cuda"):
-        raise InputError(f"--device {device}: expected auto, cpu or cuda")
-    number = device.removeprefix("cuda").removeprefix(":")
-    if device != "cpu" and number and not (number.isdigit() and int(number) < torch.cuda.device_count()):
-        raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} card(s), cuda:0 is the first")
-    return device
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    """Return the dtype that matrix products run fastest in: bfloat16 where the hardware multiplies it natively."""
-    if device.startswith("cuda"):
-        return torch.bfloat16
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return torch.float32
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
 def quantize_checkpoint(

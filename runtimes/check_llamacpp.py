@@ -24,7 +24,7 @@ import torch
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.runtimes.staging import Progress, no_progress
+from gptoss_quantize.files import Progress, no_progress
 
 START_SECONDS = 600
 

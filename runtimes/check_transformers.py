@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.loading import load
-from gptoss_quantize.runtimes.staging import Progress, no_progress
 
 
 def packed(path: Path, dtype: torch.dtype) -> nn.Module:

@@ -25,9 +25,10 @@ from gguf import GGMLQuantizationType as Ggml
 from gptoss_quantize.checkpoint import Q8_MATRICES, Checkpoint, dense_shapes
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.kernels import ggml, int4
 from gptoss_quantize.runtimes.gguf_vocab import add_tokenizer
-from gptoss_quantize.runtimes.staging import Planned, Progress, no_progress, write_chunks
+from gptoss_quantize.runtimes.staging import Planned, write_chunks
 
 ARCH = "gpt-oss"
 STORED = {torch.bfloat16: Ggml.BF16, torch.float16: Ggml.F16, torch.float32: Ggml.F32}

@@ -15,8 +15,8 @@ import torch
 
 from gptoss_quantize.checkpoint import Q8_MATRICES, Checkpoint, dense_shapes, expert_shapes
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize.output import write_json
-from gptoss_quantize.runtimes.staging import Planned, Progress, copy_side_files, no_progress, write_shards
+from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
+from gptoss_quantize.runtimes.staging import Planned, write_shards
 
 # what OpenAI's own config.json says
 MXFP4_CONFIG = {

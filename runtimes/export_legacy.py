@@ -16,10 +16,10 @@ import torch
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
 from gptoss_quantize.kernels import ggml, int4, legacy
-from gptoss_quantize.quantize.output import write_json
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config
-from gptoss_quantize.runtimes.staging import Planned, Progress, copy_side_files, no_progress, write_shards
+from gptoss_quantize.runtimes.staging import Planned, write_shards
 
 SPLIT_KEY = "gate_up_split"
 INTERLEAVED = "interleaved"

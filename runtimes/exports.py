@@ -8,13 +8,13 @@ import torch
 
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.quantize.output import write_json
+from gptoss_quantize.files import Progress, no_progress, staged, write_json
 from gptoss_quantize.runtimes import readback
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.export_hf import write_float, write_mxfp4
 from gptoss_quantize.runtimes.export_legacy import INTERLEAVED, write_legacy
 from gptoss_quantize.runtimes.foreign import Foreign
-from gptoss_quantize.runtimes.staging import REPORT_NAME, Progress, no_progress, staged
+from gptoss_quantize.runtimes.staging import REPORT_NAME
 
 FLOATS = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GGUF_NAME = "model.gguf"
@@ -37,7 +37,7 @@ def export_checkpoint(
     What was written is read back and compared first; a difference is a bug or a bad disk and raises RuntimeError.
     """
     settings = {"dtype": dtype, "dense_type": dense_type, "expert_type": expert_type}
-    with staged(dest, overwrite=overwrite, inputs=(checkpoint.path,)) as folder:
+    with staged(dest, f"export --to {to}", overwrite=overwrite, inputs=(checkpoint.path,)) as folder:
         facts, differences = WRITERS[to](checkpoint, folder, settings, progress)
         found = readback.summary(differences)
         if found["different"]:

@@ -22,22 +22,14 @@ from torch.nn import functional
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint, expert_shapes
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import Progress, copy_side_files, no_progress, staged, write_json
 from gptoss_quantize.kernels import ggml
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize.formats import FORMATS
-from gptoss_quantize.quantize.output import write_json
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
 from gptoss_quantize.runtimes.foreign import SPLITS, Foreign
-from gptoss_quantize.runtimes.staging import (
-    REPORT_NAME,
-    Planned,
-    Progress,
-    copy_side_files,
-    no_progress,
-    staged,
-    write_shards,
-)
+from gptoss_quantize.runtimes.staging import REPORT_NAME, Planned, write_shards
 
 # nats per token; a wrong reading of the demo model costs more than 1
 CLEAR_NATS = 0.1
@@ -107,7 +99,7 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Write another tool's checkpoint as ours (`to` "int4") or dequantized ("bf16"), and return the report."""
     source = Foreign(path, decision["split"])
-    with staged(dest, overwrite=overwrite, inputs=(path,)) as folder:
+    with staged(dest, "import", overwrite=overwrite, inputs=(path,)) as folder:
         if to == "bf16":
             facts = write_float(source, folder, torch.bfloat16, on_shard)
         else:

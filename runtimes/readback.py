@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as Ggml
 
 from gptoss_quantize.checkpoint import Checkpoint, Expert, dense_shapes
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.runtimes.export_gguf import gguf_name, is_int8
-from gptoss_quantize.runtimes.staging import Progress, no_progress
 
 _ROWS = 4096
 

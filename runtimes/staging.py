@@ -1,23 +1,19 @@
-"""Files and directories that appear whole or not at all, written tensor by tensor.
+"""Files written tensor by tensor: a file of any size needs the memory of one chunk, one expert's matrix at most.
 
 A writer gets a list of `Planned` tensors: what a header says about each, and a function that yields its bytes in
-order. So a file of any size needs the memory of one chunk, one expert's matrix at most. The directory is written
-under `DEST.partial` and renamed at the end; a failure or Ctrl-C leaves nothing under the final name.
+order. The directory around them appears whole or not at all (`files.staged`).
 """
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize.output import COPIED, check_name, publish, write_json
+from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.shards import DTYPES
 
 REPORT_NAME = "export_report.json"
@@ -33,47 +29,6 @@ class Planned:
     shape: tuple[int, ...]
     kind: Any  # a torch dtype for safetensors, a gguf.GGMLQuantizationType for GGUF
     chunks: Callable[[], Iterable[torch.Tensor]]
-
-
-Progress = Callable[[int, int], None]
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
-
-
-def _check_free(dest: Path, partial: Path, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    """Refuse a final name that is taken, or whose replacement would delete what is not ours."""
-    for path in inputs:
-        if any(path.resolve().is_relative_to(place.resolve()) for place in (dest, partial)):
-            raise InputError(f"{dest}: holds the input {path}; choose another place for DEST")
-    check_name(dest, overwrite, REPORT_NAME, "nothing that gptoss-quantize exported")
-
-
-@contextmanager
-def staged(dest: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield the directory DEST.partial; rename it to DEST when the block ends well, delete it otherwise.
-
-    InputError when DEST exists (with `overwrite`: when it is not an export of ours), holds one of the `inputs`, or
-    cannot be written.
-    """
-    dest = Path(os.path.abspath(dest))
-    partial = dest.with_name(dest.name + ".partial")
-    _check_free(dest, partial, overwrite, inputs)
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{partial}: cannot be written ({error}); choose another place for DEST") from None
-    try:
-        yield partial
-        publish(partial, dest)
-    except OSError as error:
-        raise InputError(f"{dest}: writing failed ({error}); free some space and run it again") from error
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_chunks(file: Any, entry: Planned, nbytes: int) -> None:
@@ -121,10 +76,3 @@ def write_shards(folder: Path, shards: list[list[Planned]], stem: str, on_shard:
     index_name = INDEX_NAME if stem == "model" else f"{stem}.safetensors.index.json"
     write_json(folder / index_name, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence, where the source has them."""
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)

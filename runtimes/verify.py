@@ -23,12 +23,12 @@ import torch
 from gptoss_quantize.calibration.text import load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.divergence import check_pair
+from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, readback
 from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, NOT_CHECKED, Agreement, compare, verdict
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.exports import export_checkpoint
-from gptoss_quantize.runtimes.staging import Progress, no_progress
 
 COMPARISON = "for comparison"
 RUNTIMES = ("transformers", "llama.cpp", "vllm")

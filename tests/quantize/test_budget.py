@@ -13,9 +13,10 @@ from gptoss_quantize.calibration import moments
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.machine import free_memory
 from gptoss_quantize.quantize import budget as module
 from gptoss_quantize.quantize import run as run_module
-from gptoss_quantize.quantize.budget import Budget, Spill, free_memory, needed, resolve, token_arrays
+from gptoss_quantize.quantize.budget import Budget, Spill, needed, resolve, token_arrays
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
 from gptoss_quantize.units import GIB

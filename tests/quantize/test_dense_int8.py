@@ -12,9 +12,9 @@ from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.kernels import int8
 from gptoss_quantize.loading import load, weight_bytes
 from gptoss_quantize.model import hidden_states, logits
-from gptoss_quantize.plan import disk, shard_tensors
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.sizes import disk, shard_tensors
 
 
 def quantize(source, dest, method="rtn", tokens=None, **options):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
@@ -22,7 +23,6 @@ from gptoss_quantize.quantize import output
 from gptoss_quantize.quantize.output import HiddenFile
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
-from gptoss_quantize.workflow import quantize_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def files(tiny, path):
 
 
 def test_killed_at_random_moments(tiny, tmp_path):
-    # benchmarks/faults.py with three kills instead of twenty
+    # scripts/faults.py with three kills instead of twenty
     script = [sys.executable, "-P", str(ROOT / "benchmarks" / "faults.py"), str(tmp_path)]
     options = ["--model", str(tiny.path("mxfp4")), "--kills", "3", "--tokens", "512"]
     done = subprocess.run([*script, *options], capture_output=True, text=True, check=False, env=os.environ)

@@ -1,8 +1,10 @@
 """The checkpoint under construction: whole or absent, resumable, and never deleting what is not ours."""
 
 import json
+import os
 import resource
 import shutil
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize.output import COPIED, REPORT_NAME, STEM, HiddenFile, Output, write_json
+from gptoss_quantize.files import COPIED, MARK, put_mark, read_mark, staged, write_json
+from gptoss_quantize.quantize.output import REPORT_NAME, HiddenFile, Output
 
+STEM = "gptoss-int4"
 SETTINGS = {"source": "/nowhere/model", "adapter": None, "method": "rtn", "recipe": {"damping": 0.003}}
 
 
 def begin(dest: Path, *, settings=SETTINGS, resume=False, overwrite=False) -> Output:
-    return Output(dest, 2, settings, resume=resume, overwrite=overwrite)
+    return Output(dest, 2, settings, stem=STEM, resume=resume, overwrite=overwrite)
 
 
 def refused(call, *words: str) -> None:
@@ -63,8 +67,10 @@ def test_from_begin_to_end(tmp_path, source):
         f"{STEM}.safetensors.index.json",
         "config.json",
         REPORT_NAME,
+        MARK,
         *COPIED,
     }
+    assert read_mark(out)["files"] == sorted(p.name for p in out.iterdir())
     index = json.loads((out / f"{STEM}.safetensors.index.json").read_text())
     assert index["weight_map"] == {"a": min(shards), "b": max(shards), "c": max(shards)}
     assert index["metadata"]["total_size"] == 4 * 8 + 3 * 2 + 8 * 4
@@ -101,48 +107,69 @@ def test_json_is_the_old_or_the_new_one(tmp_path):
 
 def test_taken_name(tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("")
     refused(lambda: begin(tmp_path / "out"), str(tmp_path / "out"), "already exists", "--overwrite")
-    assert [p.name for p in tmp_path.rglob("*")] == ["out"]
-    begin(tmp_path / "out", overwrite=True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["notes", "out"]
 
 
-@pytest.mark.parametrize("kind", ["other files", "file", "link", "dangling link"])
+def test_an_empty_directory_is_free(tmp_path, source):
+    (tmp_path / "out").mkdir()
+    finished(tmp_path / "out", source, 3)
+    assert value_of(tmp_path / "out") == 3
+
+
+@pytest.mark.parametrize("kind", ["other files", "more files", "a folder", "file", "link", "dangling link"])
 def test_overwrite_deletes_only_our_own(tmp_path, kind):
     out = tmp_path / "out"
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / REPORT_NAME).write_text("{}")
+    put_mark(tmp_path / "ours", "quantize", files=[REPORT_NAME, MARK])
     if kind == "other files":
         out.mkdir()
+        # a report does not make it ours
+        (out / REPORT_NAME).write_text("{}")
         (out / "thesis.tex").write_text("")
+    elif kind in ("more files", "a folder"):
+        shutil.copytree(tmp_path / "ours", out)
+        (out / "thesis").mkdir() if kind == "a folder" else (out / "thesis.safetensors").write_text("")
     elif kind == "file":
         out.write_text("")
     else:
         out.symlink_to("ours" if kind == "link" else "nowhere")
     refused(lambda: begin(out), "already exists")
-    refused(lambda: begin(out, overwrite=True), str(out), REPORT_NAME, "does not delete it", "remove it yourself")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "out"]
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    words = {"more files": ["thesis.safetensors"], "a folder": ["thesis"], "other files": [MARK]}.get(kind, [])
+    refused(lambda: begin(out, overwrite=True), str(out), *words, "does not delete it", "move it away yourself")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.replaced"])
+def test_neighbours_of_the_user_are_not_deleted(tmp_path, source, name):
+    finished(tmp_path / "out", source, 1)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("x")
+    refused(lambda: begin(tmp_path / "out", overwrite=True), name, "does not delete it")
+    assert (tmp_path / name / "thesis.tex").read_text() == "x"
+    assert value_of(tmp_path / "out") == 1
 
 
 @pytest.mark.parametrize("place", ["model", ".", "..", "/", "sub/../model"])
 def test_overwrite_never_deletes_the_source(tmp_path, monkeypatch, place):
     model = tmp_path / "model"
     model.mkdir()
-    (model / REPORT_NAME).write_text("{}")
+    put_mark(model, "quantize", files=[MARK])
     monkeypatch.chdir(model if place in (".", "..") else tmp_path)
     for name in ("source", "adapter"):
         settings = {"source": None, name: str(model)}
-        refused(lambda s=settings: begin(Path(place), settings=s, overwrite=True), f"holds the {name} {model}", "OUT")
-        refused(
-            lambda s=settings: begin(Path(place), settings=s), f"holds the {name} {model}", "choose another place"
-        )
-    assert [p.name for p in tmp_path.rglob("*")] == ["model", REPORT_NAME]
+        refused(lambda s=settings: begin(Path(place), settings=s, overwrite=True), f"holds the input {model}")
+        refused(lambda s=settings: begin(Path(place), settings=s), "holds the input", "choose another place")
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", MARK]
 
 
 def test_source_that_is_named_like_a_partial(tmp_path):
     model = tmp_path / "out.partial"
     model.mkdir()
     settings = SETTINGS | {"source": str(model)}
-    refused(lambda: begin(tmp_path / "out", settings=settings, overwrite=True), "out.partial: holds the source")
+    refused(lambda: begin(tmp_path / "out", settings=settings, overwrite=True), "holds the input", "out.partial")
     assert model.exists()
 
 
@@ -167,12 +194,12 @@ def unfinished(dest: Path) -> Output:
 def test_unfinished_run_needs_a_decision(tmp_path, tiny):
     unfinished(tmp_path / "out")
     before = tiny.snapshot(tmp_path)
-    refused(lambda: begin(tmp_path / "out"), "out.partial: an unfinished run", "--resume", "--overwrite")
+    refused(lambda: begin(tmp_path / "out"), "out.partial: an unfinished `quantize`", "--resume", "--overwrite")
     refused(lambda: begin(tmp_path / "out", resume=True, overwrite=True), "contradict", "give one of them")
     assert tiny.snapshot(tmp_path) == before
     assert begin(tmp_path / "out", resume=True).state["layers"] == [{"x": 1.5}]
     assert begin(tmp_path / "out", overwrite=True).state["layers"] == []
-    assert list((tmp_path / "out.partial").iterdir()) == []
+    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == [MARK]
 
 
 def test_nothing_to_resume(tmp_path):
@@ -211,7 +238,9 @@ def test_resume_with_a_damaged_shard(tmp_path, damage):
         whole[-3] ^= 4
         shard.write_bytes(whole)
     else:
-        Output(tmp_path / "x", 2, SETTINGS, resume=False, overwrite=False).write_shard(1, {"b": torch.ones(1)})
+        Output(tmp_path / "x", 2, SETTINGS, stem=STEM, resume=False, overwrite=False).write_shard(
+            1, {"b": torch.ones(1)}
+        )
         shutil.copy(tmp_path / "x.partial" / shard.name, shard)
     refused(lambda: begin(tmp_path / "out", resume=True), str(shard), "changed since", "again with --overwrite")
 
@@ -297,3 +326,41 @@ def test_what_an_interrupted_replacement_left_does_not_stop_the_next(tmp_path, s
     finished(out, source, 2, overwrite=True)
     assert value_of(out) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_resume_remembers_overwrite_after_the_state_is_gone(tmp_path, source, monkeypatch):
+    """Killed between the state's deletion and the last rename: the run that was to replace OUT still is."""
+    out = tmp_path / "out"
+    finished(out, source, 1)
+    output = begin(out, overwrite=True)
+    output.note(output.write_shard(1, {"a": torch.tensor([2])}))
+    report = {"settings": SETTINGS, "layers": [], "crc32": output.state["crc32"], "bytes": 8, "polish": None}
+    report |= {"source_is_mxfp4": False, "seconds_by_phase": {}, "seconds": 1, "peak_rss_mib": 1, "memory": {}}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            output.finish(source, {}, report)
+    assert not (output.partial / "state.json").exists()
+    assert value_of(out) == 1
+    begin(out, resume=True).finish(source, {}, report)
+    assert value_of(out) == 2
+
+
+def test_an_export_does_not_delete_an_unfinished_run(tmp_path):
+    unfinished(tmp_path / "out")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="unfinished `quantize`"), staged(tmp_path / "out", "x", overwrite=False):
+        pass
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_shards_have_the_permissions_of_the_umask(tmp_path):
+    old = os.umask(0o022)
+    try:
+        output = unfinished(tmp_path / "out")
+        assert stat.S_IMODE((output.partial / output.shard_name(1)).stat().st_mode) == 0o644
+        os.umask(0o077)
+        output.write_shard(2, {"b": torch.ones(1)})
+        assert stat.S_IMODE((output.partial / output.shard_name(2)).stat().st_mode) == 0o600
+    finally:
+        os.umask(old)

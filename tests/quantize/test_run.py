@@ -13,12 +13,13 @@ from gptoss_quantize.adapter import Adapter
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
+from gptoss_quantize.machine import pick_device
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize import output
 from gptoss_quantize.quantize.formats import FORMATS
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import RECIPES, override
-from gptoss_quantize.quantize.run import Job, pick_device, quantize_checkpoint
+from gptoss_quantize.quantize.run import Job, quantize_checkpoint
 
 METHODS = ["rtn", "gptq", "awq", "awq+gptq"]
 

@@ -10,13 +10,13 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
-from gptoss_quantize.workflow import quantize_model
 
 INDEX = "model.safetensors.index.json"
 EXPERTS = "model.layers.1.mlp.experts."

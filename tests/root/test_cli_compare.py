@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_quantize import cli, workflow
+from gptoss_quantize import api, cli
 from gptoss_quantize.cli_compare import Profile, _candidates, _profile
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import report as page
@@ -42,7 +42,7 @@ def asked(monkeypatch) -> list[tuple]:
         calls.append((baseline, candidates, settings, dest, options))
         return {"candidates": [], "seconds": 0.0}
 
-    monkeypatch.setattr(workflow, "compare_models", instead)
+    monkeypatch.setattr(api, "compare_models", instead)
     return calls
 
 

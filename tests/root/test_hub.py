@@ -9,9 +9,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.utils import filter_repo_objects
 
 from gptoss_quantize import hub
+from gptoss_quantize.api import open_checkpoint
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.workflow import open_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

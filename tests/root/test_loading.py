@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 import gptoss_quantize
 from gptoss_quantize import loading
+from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
 from gptoss_quantize.errors import InputError
@@ -19,7 +20,6 @@ from gptoss_quantize.kernels import int4
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job, quantize_checkpoint
-from gptoss_quantize.workflow import quantize_model
 
 INDEX = "gptoss-int4.safetensors.index.json"
 EXPERT_WEIGHTS = 3 * 8 * 3 * 192 * 320

@@ -7,12 +7,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from gptoss_quantize.api import plan_model
 from gptoss_quantize.architectures import COMPARED, gptoss_config, gptoss_counts, parameter_counts
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.cli_sizes import print_plan
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.plan import (
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.shards import DTYPES
+from gptoss_quantize.sizes import (
     CONTEXTS,
     RUNTIMES,
     PlanRequest,
@@ -28,11 +32,7 @@ from gptoss_quantize.plan import (
     shard_tensors,
     sparsity,
 )
-from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
-from gptoss_quantize.shards import DTYPES
 from gptoss_quantize.units import GIB, parse_size
-from gptoss_quantize.workflow import plan_model
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

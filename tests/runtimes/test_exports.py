@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from gptoss_quantize import workflow
+from gptoss_quantize import api
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
 from gptoss_quantize.errors import InputError
@@ -353,7 +353,7 @@ def test_quantize_looks_at_what_it_wrote(tiny, tmp_path, monkeypatch):
         return report
 
     with Progress(disable=True) as bar:
-        workflow.quantize_model(str(tiny.path("bf16")), TextSpec(), job, bar=bar)
-        monkeypatch.setattr(workflow, "quantize_checkpoint", damaged)
+        api.quantize_model(str(tiny.path("bf16")), TextSpec(), job, bar=bar)
+        monkeypatch.setattr(api, "quantize_checkpoint", damaged)
         with pytest.raises(RuntimeError, match=r"1 tensors outside the experts.*model\.norm\.weight"):
-            workflow.quantize_model(str(tiny.path("bf16")), TextSpec(), replace(job, overwrite=True), bar=bar)
+            api.quantize_model(str(tiny.path("bf16")), TextSpec(), replace(job, overwrite=True), bar=bar)

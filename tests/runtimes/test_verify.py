@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptoss_quantize import cli, workflow
+from gptoss_quantize import api, cli
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, export_gguf
@@ -245,7 +245,7 @@ def test_the_command_prints_the_table_and_fails_when_one_disagrees(
             "note": "n",
         }
     ]
-    monkeypatch.setattr(workflow, "verify_checkpoint", lambda *args, **options: rows)
+    monkeypatch.setattr(api, "verify_checkpoint", lambda *args, **options: rows)
     command = ["gptoss-quantize", "verify", str(int4_path()), "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", command)
     for outcome, code in (("agrees", 0), ("not checked", 0), ("DISAGREES", 1)):
@@ -263,8 +263,8 @@ def test_the_command_prints_the_table_and_fails_when_one_disagrees(
 
 def test_positions_are_spread_and_text_is_real(tiny, int4_path, monkeypatch):
     jobs = []
-    monkeypatch.setattr(workflow, "verify", lambda job, runtimes: jobs.append(job) or [])
-    workflow.verify_checkpoint(int4_path(), None, ("vllm",), shape=(2, 40, 4), progress=lambda words: lambda *_: None)
+    monkeypatch.setattr(api, "verify", lambda job, runtimes: jobs.append(job) or [])
+    api.verify_checkpoint(int4_path(), None, ("vllm",), shape=(2, 40, 4), progress=lambda words: lambda *_: None)
     (found,) = jobs
     assert found.positions == [9, 19, 29, 39] and found.ids.shape == (2, 40)
     assert len(found.texts) == 2 and " " in found.texts[0]

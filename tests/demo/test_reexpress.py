@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptoss_quantize import reexpress, smollm2
-from gptoss_quantize.reexpress import DemoSettings, NeuronScales
+from gptoss_quantize.demo import reexpress, smollm2
+from gptoss_quantize.demo.reexpress import DemoSettings, NeuronScales
 
 
 def gptoss_expert(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

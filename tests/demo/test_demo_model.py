@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gptoss_quantize import demo_model, reexpress, smollm2
+from gptoss_quantize.demo import demo_model, reexpress, smollm2
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
 

@@ -1,4 +1,4 @@
-"""Word lists and facts that benchmarks/make_tasks.py builds the offline task suite from; written for this project."""
+"""Word lists and facts that scripts/make_tasks.py builds the offline task suite from; written for this project."""
 
 # country: capital, by region, so that wrong answers come from the neighbourhood
 CAPITALS = (

@@ -10,9 +10,9 @@ from gptoss_quantize.architectures import SIZES, gptoss_config
 from gptoss_quantize.calibration.text import load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
 from gptoss_quantize.config import parse_config
+from gptoss_quantize.demo.synthetic import _mxfp4, _numbers, build_synthetic_model, synthetic_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.model import hidden_states
-from gptoss_quantize.synthetic import _mxfp4, _numbers, build_synthetic_model, synthetic_config
 
 TINY = {
     "model_type": "gpt_oss",

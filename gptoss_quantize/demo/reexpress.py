@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptoss_quantize.demo.smollm2 import LayerSample
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
-from gptoss_quantize.smollm2 import LayerSample
 
 SWIGLU_ALPHA = 1.702
 SWIGLU_LIMIT = 7.0

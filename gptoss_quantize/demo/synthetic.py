@@ -10,7 +10,6 @@ Every tensor comes from a stream of its own (seed, its name): a model with fewer
 larger one. Tensors are made and written one after another; the largest is the embedding.
 """
 
-import json
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,8 +27,9 @@ from transformers import PreTrainedTokenizerFast
 from gptoss_quantize.architectures import MXFP4_NOT_CONVERTED, shape_of
 from gptoss_quantize.checkpoint import dense_shapes, expert_shapes
 from gptoss_quantize.config import ModelConfig, parse_config
-from gptoss_quantize.demo_model import ShardWriter, staged
+from gptoss_quantize.demo.model import ShardWriter
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import check_dest, staged, write_json
 from gptoss_quantize.kernels import mxfp4
 
 CODE_STD = 2.2  # of E2M1 values in trained weights: a group's largest lies between 4 and 8 before saturation
@@ -63,8 +63,7 @@ def build_synthetic_model(
     tokenizer is trained on `sample_text`. `progress` is called with (layers done, layers in all).
     """
     started = time.perf_counter()
-    if dest.exists():
-        raise InputError(f"{dest}: exists already; choose another folder or remove it")
+    check_dest(dest, overwrite=False)
     raw = synthetic_config(like, layers, seed)
     config = parse_config(raw, like)
     if config.tied:
@@ -75,7 +74,7 @@ def build_synthetic_model(
     tokenizer = make_tokenizer(sample_text, config.vocab)
     raw |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shapes = dense_shapes(config) | expert_shapes(config, "mxfp4", 0)
-    with staged(dest) as folder, torch.inference_mode():
+    with staged(dest, "synthetic-model", overwrite=False) as folder, torch.inference_mode():
         shards = ShardWriter(folder)
         for prefix, done in _order(config):
             for name in (n for n in shapes if n.startswith(prefix)):
@@ -84,7 +83,7 @@ def build_synthetic_model(
                 progress(done, config.layers)
         total_bytes, parameters = shards.close()
         for file, value in (("config.json", raw), ("generation_config.json", {"eos_token_id": raw["eos_token_id"]})):
-            (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / file, value)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(raw), encoding="utf-8")
     seconds = time.perf_counter() - started

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from gptoss_quantize.api import quantize_model, sample_text
 from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize.demo.synthetic import build_synthetic_model
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import Job
-from gptoss_quantize.synthetic import build_synthetic_model
-from gptoss_quantize.workflow import quantize_model, sample_text
 
 SHAPE = {
     "model_type": "gpt_oss",

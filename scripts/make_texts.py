@@ -1,7 +1,7 @@
 """Make the packaged texts: calibration/data/calibration.jsonl.gz and eval/data/heldout.jsonl.gz.
 
     apt-get download jargon-text postgresql-doc-15
-    python benchmarks/make_texts.py jargon-text_*.deb postgresql-doc-15_*.deb
+    python scripts/make_texts.py jargon-text_*.deb postgresql-doc-15_*.deb
 
 The files in the repository were made from Debian 12's jargon-text 4.4.7-4.1 (sha256 17d05997e30eb3d5...) and
 postgresql-doc-15 15.20-0+deb12u1 (sha256 4c44bf2c599f208b...).

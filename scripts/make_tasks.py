@@ -1,6 +1,6 @@
 """Make the offline task suite, eval/data/tasks/*.jsonl: multiple-choice items from word lists, rules and texts.
 
-    python benchmarks/make_tasks.py            # writes the same bytes every time
+    python scripts/make_tasks.py            # writes the same bytes every time
 
 Every item is {"query", "choices", "gold"}: a beginning, its possible continuations, the index of the right one.
 Nothing draws random numbers: orders and choices follow the SHA-256 of the item's own words. Difficulty was set per
