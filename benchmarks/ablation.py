@@ -69,7 +69,7 @@ def run_row(blocks: list[Block], source: Checkpoint, name: str, group_size: int)
                 torch.arange(experts).repeat(tokens, 1),
                 torch.full((tokens, experts), 1 / experts),
             )
-        errors.append(block_error(block, source, quantized(block, source, seen, recipe, target), target))
+        errors.append(block_error(block, source, quantized(block, source, seen, target), target))
     return {
         "settings": [method, *settings],
         "errors": errors,

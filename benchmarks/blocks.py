@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from gptoss_quantize.calibration.capture import Routed
 from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
-from gptoss_quantize.checkpoint import Checkpoint, Expert
-from gptoss_quantize.kernels import int4, mxfp4
-from gptoss_quantize.machine import compute_dtype
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.layouts import PARTS, pick_layout
+from gptoss_quantize.machine import Clock, compute_dtype
 from gptoss_quantize.model import attend, batches, embed, mlp_input, moe, rope_tables, router
-from gptoss_quantize.quantize.formats import Format, pick_format
-from gptoss_quantize.quantize.layer import Clock, LayerResult, Routed, calibrated_layer
+from gptoss_quantize.quantize.layer import LayerResult, Target, calibrated_layer
 from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.source import Expert
 
 JUDGED = 12288  # held-out tokens that fidelity.py judges on
 
@@ -79,36 +80,28 @@ def routed(block: Block, source: Checkpoint) -> Routed:
 
 
 @torch.inference_mode()
-def quantized(block: Block, source: Checkpoint, seen: Routed, recipe: Recipe, target: Format) -> LayerResult:
+def quantized(block: Block, source: Checkpoint, seen: Routed, target: Target) -> LayerResult:
     """Return the layer quantized by a recipe, `seen` being what the experts see (`routed`)."""
-    return calibrated_layer(source, block.index, block.dense, seen, recipe, target, source.config.experts, Clock())
+    return calibrated_layer(source, block.index, block.dense, seen, target, source.config.experts, Clock())
 
 
-def experts_of(result: LayerResult, target: Format, experts: int, dtype: torch.dtype) -> list[Expert]:
+def experts_of(result: LayerResult, target: Target, experts: int, dtype: torch.dtype) -> list[Expert]:
     """Return a quantized layer's experts, dequantized."""
-    tensors, out = result.tensors, []
+
+    def read(name: str, index: int | None) -> torch.Tensor:
+        tensor = result.tensors[name.removeprefix("model.layers.0.")]
+        return tensor if index is None else tensor[index]
+
+    out = []
     for e in range(experts):
-        if target.name == "mxfp4":
-            base = "mlp.experts."
-            weights = [
-                mxfp4.decode(tensors[f"{base}{name}_blocks"][e], tensors[f"{base}{name}_scales"][e], dtype)
-                for name in ("gate_up_proj", "down_proj")
-            ]
-            biases = [tensors[f"{base}{name}_bias"][e].to(dtype) for name in ("gate_up_proj", "down_proj")]
-        else:
-            base = f"mlp.experts.{e}."
-            weights = [
-                int4.dequantize(int4.unpack(tensors[f"{base}{w}_weight_packed"]), tensors[f"{base}{w}_weight_scale"])
-                for w in ("w13", "w2")
-            ]
-            weights = [weight.to(dtype) for weight in weights]
-            biases = [tensors[f"{base}{w}_bias"].to(dtype) for w in ("w13", "w2")]
-        out.append(Expert(weights[0], biases[0], weights[1], biases[1]))
+        gate_up, down = (target.layout.weight(read, 0, e, part, dtype) for part in PARTS)
+        biases = (target.layout.bias(read, 0, e, part).to(dtype) for part in PARTS)
+        out.append(Expert(gate_up, next(biases), down, next(biases)))
     return out
 
 
 @torch.inference_mode()
-def block_error(block: Block, source: Checkpoint, result: LayerResult, target: Format) -> float:
+def block_error(block: Block, source: Checkpoint, result: LayerResult, target: Target) -> float:
     """Return |block output - original's|^2 / |original's|^2 on the held-out tokens."""
     config = source.config
     dense = block.dense | result.tensors
@@ -118,9 +111,9 @@ def block_error(block: Block, source: Checkpoint, result: LayerResult, target: F
     return float((got - block.wanted).square().sum() / block.wanted.square().sum())
 
 
-def target_of(name: str, group_size: int, recipe: Recipe) -> Format:
+def target_of(name: str, group_size: int, recipe: Recipe) -> Target:
     """Return the output format for a recipe."""
-    return pick_format(name, group_size, recipe.scale, recipe.awq)
+    return Target(recipe, *pick_layout(name, group_size))
 
 
 def rewrite(

@@ -20,10 +20,11 @@ from rich.progress import Progress
 
 from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
-from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.divergence import evaluate
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES, Recipe, override
-from gptoss_quantize.quantize.run import Job
+from gptoss_quantize.source import Expert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

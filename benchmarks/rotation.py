@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.source import Expert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -102,7 +103,7 @@ def main() -> None:
         target = target_of("int4", group, RECIPES[method])
         means = {}
         for name, source in (("o", original), ("r", Checkpoint(rotated))):
-            results = [quantized(b, source, routed(b, source), RECIPES[method], target) for b in blocks[name]]
+            results = [quantized(b, source, routed(b, source), target) for b in blocks[name]]
             errors = [block_error(b, source, r, target) for b, r in zip(blocks[name], results, strict=True)]
             means[name] = math.exp(sum(map(math.log, errors)) / len(errors))
         record["rows"][f"{method} {group}"] = means

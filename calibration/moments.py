@@ -39,8 +39,8 @@ def token_blocks(tokens: int) -> list[slice]:
 class MomentSums:
     """Running sums over blocks of tokens; `add` blocks, then `finish`. Accumulates in float32 or wider."""
 
-    def __init__(self, columns: int, *, centre: bool = True, diagonal: bool = False, compiled: bool = True):
-        self.columns, self.centre, self.diagonal, self.native = columns, centre, diagonal, compiled
+    def __init__(self, columns: int, *, centre: bool = True, diagonal: bool = False):
+        self.columns, self.centre, self.diagonal = columns, centre, diagonal
         self.tokens, self.paired = 0, False
         self.total = self.squares = 0.0
         self._shift = self._sum = self._second = self._gap = self._drift = torch.empty(0)
@@ -68,7 +68,7 @@ class MomentSums:
         self.total += float(weight.sum())
         self.squares += float(weight.square().sum())
         ready = native.takes(x_TK, torch.bfloat16) and native.has_products()
-        if self.native and not self.diagonal and ready:
+        if not self.diagonal and ready:
             self._add_native(x_TK, weight, original_TK)
             return
         # converted first: torch's mixed-dtype subtraction is several times slower

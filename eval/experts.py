@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.eval.trees import Layout, Stream
 from gptoss_quantize.kernels.experts import tokens_of
 from gptoss_quantize.model import EXPERT_BLOCK, expert_act, mlp_input
+from gptoss_quantize.source import Expert
 
 
 def expert_output(x_TD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:

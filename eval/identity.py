@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 
 REPORT_NAME = "quantization_report.json"
@@ -68,10 +68,9 @@ def cost(checkpoint: Checkpoint) -> dict[str, Any]:
     stored bit of the file's tensors over every parameter of the unquantized model.
     """
     config = checkpoint.config
-    stored = dense_shapes(config) | expert_shapes(config, checkpoint.expert_format, checkpoint.group_size)
     parts: dict[str, int] = {}
     matrix_bytes = 0
-    for name in stored:
+    for name in checkpoint.names():
         size = checkpoint.info(name).nbytes
         parts[part_of(name)] = parts.get(part_of(name), 0) + size
         if part_of(name) == "experts" and "bias" not in name:

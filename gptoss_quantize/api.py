@@ -29,10 +29,11 @@ from gptoss_quantize.machine import compute_dtype, pick_device, release_memory
 from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.polish import FINAL, NORMS, text_needed
 from gptoss_quantize.quantize.ranks import joined
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.runtimes.readback import changed_outside_experts, summary
 from gptoss_quantize.runtimes.verify import Job as VerifyJob
 from gptoss_quantize.runtimes.verify import verify

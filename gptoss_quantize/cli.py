@@ -161,9 +161,9 @@ def quantize(
     """Quantize the experts of MODEL to int4 or MXFP4 and write a packed checkpoint to OUT."""
     from gptoss_quantize.api import DTYPES, quantize_model
     from gptoss_quantize.calibration.text import TextSpec
-    from gptoss_quantize.quantize.formats import FORMATS
+    from gptoss_quantize.layouts import pick_layout
+    from gptoss_quantize.quantize.job import Job
     from gptoss_quantize.quantize.recipes import RECIPES, override
-    from gptoss_quantize.quantize.run import Job
     from gptoss_quantize.units import parse_size
 
     spec = TextSpec(
@@ -174,7 +174,7 @@ def quantize(
         method=method.value,
         recipe=override(RECIPES[method.value], recipe or []),
         format=target.value,
-        group_size=FORMATS[target.value].group_size if group_size is None else int(group_size.value),
+        group_size=pick_layout(target.value, None if group_size is None else int(group_size.value))[1],
         dense=dense.value,
         device=device,
         dtype=DTYPES[dtype.value],

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.kernels import int8
+from gptoss_quantize.layouts import dense_shapes
 
 BLOCK_ROWS = 8192
 
@@ -57,9 +58,9 @@ def put_int8_modules(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtyp
     """Replace what the checkpoint has in int8 by modules that keep it so; return the names of the matrices."""
     done: set[str] = set()
     for name, shape in dense_shapes(checkpoint.config).items():
-        if not (stored := q8_names(name, shape)):
+        if not checkpoint.dense_layout.packs(name):
             continue
-        codes, scale = (checkpoint.read(part) for part, _ in stored)
+        codes, scale = (checkpoint.read(part) for part in checkpoint.dense_layout.parts(name, shape))
         path = name.removesuffix(".weight")
         parent, _, child = path.rpartition(".")
         owner = model.get_submodule(parent)

@@ -16,10 +16,11 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, GptOssForCausalLM
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.dense_int8 import put_int8_modules
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels.experts import EXPERT_KERNELS, PackedExperts
+from gptoss_quantize.layouts import dense_shapes
 
 
 class PackedExpertsModule(nn.Module):

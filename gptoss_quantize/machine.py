@@ -1,7 +1,9 @@
 """What this machine is and has: the device and dtype to compute in, free memory, and how memory is given back."""
 
 import ctypes
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -80,3 +82,21 @@ def release_memory() -> None:
     """Give freed memory back to the system (glibc keeps it otherwise: measured, 1.2 GiB of 1.7 on the demo model)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class Clock:
+    """Seconds per phase, added up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time that the block takes under `phase`; on a card, of what it has asked for too."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

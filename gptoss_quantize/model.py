@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.config import ModelConfig, rope_frequencies
 from gptoss_quantize.kernels.experts import gated, route, tokens_of
+from gptoss_quantize.source import Expert, Source
 
 # scores of one attention call stay below this many elements (256 MB of float32 mask and scores at most)
 MAX_MASK_ELEMENTS = 1 << 24
@@ -153,33 +153,33 @@ def batches(sequences: int, seq_len: int) -> list[slice]:
     return [slice(start, min(start + step, sequences)) for start in range(0, sequences, step)]
 
 
-def embed(checkpoint: Checkpoint, ids_NS: torch.Tensor) -> torch.Tensor:
+def embed(source: Source, ids_NS: torch.Tensor) -> torch.Tensor:
     """Return the float32 residual stream [N, S, D] at the bottom of the model."""
-    return functional.embedding(ids_NS, checkpoint.dense("model.embed_tokens.weight")).float()
+    return functional.embedding(ids_NS, source.dense("model.embed_tokens.weight")).float()
 
 
 @torch.inference_mode()
 def hidden_states(
-    checkpoint: Checkpoint,
+    source: Source,
     ids_NS: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> torch.Tensor:
     """Return the final hidden states [N, S, D] (normed, float32), streaming the model layer by layer."""
-    config = checkpoint.config
+    config = source.config
     N, S = ids_NS.shape
-    h = embed(checkpoint, ids_NS)
+    h = embed(source, ids_NS)
     rope = rope_tables(config, S)
     for i in range(config.layers):
-        layer = checkpoint.layer(i)
+        layer = source.layer(i)
         for batch in batches(N, S):
             h[batch] = attend(h[batch], layer, config, i, rope, dtype)
         flat = h.view(N * S, -1)
         x = mlp_input(flat, layer, config)
         index, prob = router(x, layer, config)
-        flat += moe(x.to(dtype), index, prob, checkpoint.experts(i, dtype), config)
+        flat += moe(x.to(dtype), index, prob, source.experts(i, dtype), config)
         on_layer(i)
-    return rms_norm(h, checkpoint.dense("model.norm.weight"), config.rms_eps)
+    return rms_norm(h, source.dense("model.norm.weight"), config.rms_eps)
 
 
 @torch.inference_mode()

@@ -101,3 +101,42 @@ class ShardFile:
         except OSError as error:
             raise InputError(f"{self.path}: reading {name} failed ({error})") from None
         return data.view(info.dtype).reshape(shape)
+
+
+class Weights:
+    """The stored tensors of a model, whichever of its files they lie in."""
+
+    def __init__(self, shard_of: dict[str, ShardFile]):
+        self._shard_of = shard_of
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
+    def names(self) -> list[str]:
+        """Return the names of all stored tensors, sorted."""
+        return sorted(self._shard_of)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and place of a stored tensor."""
+        return self._shard_of[name].tensors[name]
+
+    def file(self, name: str) -> Path:
+        """Return the file that a tensor lies in."""
+        return self._shard_of[name].path
+
+    def files(self) -> list[Path]:
+        """Return the weight files, sorted."""
+        return sorted({shard.path for shard in self._shard_of.values()})
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """Return a stored tensor (or one slice of it) as stored; NaN and infinity are refused."""
+        tensor = self._shard_of[name].read(name, index)
+        # one pass: the extremes are NaN or infinite exactly when some element is
+        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+            bad = int((~torch.isfinite(tensor)).sum())
+            where = "" if index is None else f"[{index}]"
+            raise InputError(
+                f"{self.file(name)}: {name}{where} holds {bad} NaN or infinite values of "
+                f"{tensor.numel()}; the source is damaged or diverged in training, fix it first"
+            )
+        return tensor

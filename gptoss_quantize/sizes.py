@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gptoss_quantize.architectures import COMPARED, gptoss_counts, parameter_counts
-from gptoss_quantize.checkpoint import dense_shapes, expert_shapes, q8_names
 from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.layouts import DENSE, INT4, Layout, dense_shapes
+from gptoss_quantize.shards import DTYPES
 from gptoss_quantize.units import GIB
 
 # safetensors' names and bytes, in the order in which it sorts dtypes: widest alignment first
@@ -72,7 +75,11 @@ RUNTIMES = {
 
 
 def shard_tensors(
-    config: ModelConfig, group_size: int, dense: str, dense_dtype: Callable[[str], str]
+    config: ModelConfig,
+    group_size: int,
+    dense: str,
+    dense_dtype: Callable[[str], str],
+    layout: Layout = INT4,
 ) -> list[list[Stored]]:
     """Return the tensors of every shard that `quantize` writes: first the outer ones, then one shard per layer.
 
@@ -81,14 +88,20 @@ def shard_tensors(
     shards: list[list[Stored]] = [[] for _ in range(config.layers + 1)]
     for name, shape in dense_shapes(config).items():
         shard = shards[int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0]
-        if dense == "int8" and (codes := q8_names(name, shape)):
-            (code_name, code_shape), (scale_name, scale_shape) = codes
-            shard += [(code_name, "I8", code_shape), (scale_name, "F16", scale_shape)]
-        else:
-            shard.append((name, dense_dtype(name), shape))
-    for name, shape in expert_shapes(config, "int4", group_size).items():
-        shards[int(name.split(".")[2]) + 1].append((name, "I32" if name.endswith("_packed") else "BF16", shape))
+        for stored, (size, allowed) in DENSE[dense].parts(name, shape).items():
+            packed = DENSE[dense].packs(name)
+            shard.append((stored, _written(allowed, torch.float16) if packed else dense_dtype(name), size))
+    for i in range(config.layers):
+        for name, (shape, allowed) in layout.stored(config, group_size).items():
+            full = f"model.layers.{i}.mlp.experts.{name}"
+            shards[i + 1].append((full, _written(allowed, torch.bfloat16), shape))
     return shards
+
+
+def _written(allowed: tuple[torch.dtype, ...], floating: torch.dtype) -> str:
+    """Return safetensors' name of the dtype that is written where these may be read."""
+    dtype = floating if floating in allowed else allowed[0]
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def tensor_bytes(stored: Stored) -> int:

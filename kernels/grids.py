@@ -1,11 +1,12 @@
-"""The two grids that a weight can be rounded to, as integer codes times a scale.
+"""The grids that a weight can be rounded to, as integer codes times a scale.
 
 int4     codes -8..7, and any bfloat16 scale, negative too.
 mxfp4    E2M1 in halves: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, and a power of two, one for 32 weights.
          With halves the codes are whole numbers, so that every algorithm handles `code * scale` and neither knows nor
          cares that the gaps between codes are uneven. The stored E8M0 byte e stands for the scale 2^(e - 128).
 
-What an algorithm needs of a grid is in `Grid`; how its codes become bytes is in `kernels.int4` and `kernels.mxfp4`.
+What an algorithm needs of a grid is in `Grid`, which also says which compiled loops know it: a grid without them runs
+in torch. How codes become bytes is in `kernels.int4` and `kernels.mxfp4`. A new grid is one entry in `GRIDS`.
 """
 
 from collections.abc import Callable
@@ -26,8 +27,18 @@ class Grid:
     """A set of whole-number codes and of scales that can be stored."""
 
     name: str
+    low: int  # the least and the greatest code
+    high: int
     nearest: Callable[[torch.Tensor], torch.Tensor]  # weight / scale to the nearest code; overwrites its argument
     round_scale: Callable[[torch.Tensor], torch.Tensor]  # to a scale as stored; a new tensor
+    rules: str  # key of quantize.scales.RULES: the ways to choose its scales
+    # of kernels.native: "integers" (every whole number low..high, bfloat16 scales) or "halves" (E2M1, powers of two)
+    loops: str | None
+
+    @property
+    def integers(self) -> bool:
+        """Return whether every whole number from low to high is a code, under any bfloat16 scale."""
+        return self.rules == "integers"
 
     def quantize(self, weight_RC: torch.Tensor, scale_RG: torch.Tensor) -> torch.Tensor:
         """Return the nearest int8 codes [..., R, C] for scales as stored."""
@@ -35,10 +46,19 @@ class Grid:
         grouped = weight_RC.to(dtype).unflatten(-1, (scale_RG.shape[-1], -1))
         return self.nearest(grouped / scale_RG.to(dtype).unsqueeze(-1)).flatten(-2).to(torch.int8)
 
+    def dequantize(self, codes_RC: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weights [..., R, C] = codes * scale. Exact in float32; rounded once for a narrower dtype."""
+        return int4.dequantize(codes_RC, scale_RG, dtype)
 
-def nearest_int4(value: torch.Tensor) -> torch.Tensor:
-    """Round to the nearest of -8..7 in place, ties to even."""
-    return value.round_().clamp_(int4.CODE_MIN, int4.CODE_MAX)
+
+def nearest_of(low: int, high: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function that rounds to the nearest of low..high in place, ties to even."""
+    return lambda value: value.round_().clamp_(low, high)
+
+
+def integers(name: str, low: int, high: int) -> Grid:
+    """Return the grid of all whole numbers low..high with bfloat16 scales."""
+    return Grid(name, low, high, nearest_of(low, high), int4.round_scale, "integers", "integers")
 
 
 def nearest_halves(value: torch.Tensor) -> torch.Tensor:
@@ -70,5 +90,6 @@ def scale_bytes(scale: torch.Tensor) -> torch.Tensor:
     return (torch.frexp(scale).exponent - 1 + HALF_BIAS).to(torch.uint8)
 
 
-INT4 = Grid("int4", nearest_int4, int4.round_scale)
-MXFP4 = Grid("mxfp4", nearest_halves, power_scale)
+INT4 = integers("int4", int4.CODE_MIN, int4.CODE_MAX)
+MXFP4 = Grid("mxfp4", -12, 12, nearest_halves, power_scale, "powers", "halves")
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in (INT4, MXFP4)}

@@ -38,9 +38,14 @@ template <typename V, typename T> inline V nearest_half(V x) {
   return ((x / gap + kMagic<T>) - kMagic<T>) * gap;
 }
 
-// the code on a grid: kernels.grids.MXFP4 with `halves`, INT4 without
-template <typename V, typename T> inline V on_grid(V x, bool halves) {
-  return halves ? nearest_half<V, T>(x) : nearest_code<V, T>(x, T(-8), T(7));
+// A grid of kernels.grids: E2M1 in halves, or all whole numbers from low to high.
+struct Grid {
+  int64_t low, high;
+  bool halves;
+};
+
+template <typename V, typename T> inline V on_grid(V x, const Grid& grid) {
+  return grid.halves ? nearest_half<V, T>(x) : nearest_code<V, T>(x, T(grid.low), T(grid.high));
 }
 
 // kernels.int4.round_scale: nearest bfloat16, magnitude within [2^-17, 65280].

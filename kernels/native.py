@@ -16,10 +16,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -74,9 +76,48 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{HEADER.parent} could not be compiled or loaded: {error}"
 
 
+# the one switch for all of them, see `switched`
+_SWITCH = {"on": True}
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Let the C++ loops be used or not while it lasts, in all threads: without them torch does all the work."""
+    before, _SWITCH["on"] = _SWITCH["on"], on
+    try:
+        yield
+    finally:
+        _SWITCH["on"] = before
+
+
 def available() -> bool:
-    """Return whether the C++ loops can be used on this machine; compiles them if nobody has."""
-    return _load()[0] is not None
+    """Return whether the C++ loops can and may be used on this machine; compiles them if nobody has."""
+    return _SWITCH["on"] and _load()[0] is not None
+
+
+class Codes(Protocol):
+    """What the loops need to know of a grid (`kernels.grids.Grid`)."""
+
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def loops(self) -> str | None: ...
+
+
+def handles(grid: Codes, group: int) -> bool:
+    """Return whether the loops of native_solve.cpp know a grid and take groups of this size."""
+    return grid.loops in ("integers", "halves") and group % 16 == 0 and group <= MAX_BLOCK
+
+
+def _check(grid: Codes, group: int, columns: int, width: int) -> None:
+    """Raise ValueError for what the C++ side would read or write past the end of."""
+    if not handles(grid, group) or columns % group or not 0 < width <= MAX_BLOCK:
+        raise ValueError(
+            f"native kernels: {columns} columns in groups of {group}, {width} at a time, on a grid with "
+            f"{grid.loops} loops; they take multiples of 16 up to {MAX_BLOCK} that divide the columns"
+        )
 
 
 def problem() -> str:
@@ -106,6 +147,10 @@ def _i64(*values: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
 
 
+def _grid(grid: Codes) -> list[ctypes.c_int64]:
+    return _i64(grid.low, grid.high, grid.loops == "halves")
+
+
 def gptq_block(  # noqa: PLR0913 - the C function's own arguments
     low: int,
     high: int,
@@ -115,18 +160,16 @@ def gptq_block(  # noqa: PLR0913 - the C function's own arguments
     codes_EKN: torch.Tensor,
     scale_EGN: torch.Tensor,
     order_EK: torch.Tensor,
-    halves: bool = False,
+    grid: Codes,
 ) -> None:
-    """Quantize columns low..high-1 (visiting order) in place: writes delta and the int8 codes; see quantize.gptq.
-
-    The codes are those of kernels.grids.MXFP4 with `halves`, of INT4 without.
-    """
+    """Quantize columns low..high-1 (visiting order) in place: writes delta and the int8 codes; see quantize.solve."""
     E, K, N = state_EKN.shape
     function = _function("gptq_block", state_EKN.dtype)
     group = K // scale_EGN.shape[1]
+    _check(grid, group, K, high - low)
     for e in range(E):
         arrays = (coupling_EKK[e], state_EKN[e], delta_EKN[e], codes_EKN[e], scale_EGN[e], order_EK[e])
-        function(*_i64(low, high - low, K, N), *map(_at, arrays), *_i64(group, halves))
+        function(*_i64(low, high - low, K, N), *map(_at, arrays), *_i64(group), *_grid(grid))
 
 
 def refine_block(
@@ -137,14 +180,15 @@ def refine_block(
     delta_EKN: torch.Tensor,
     codes_EKN: torch.Tensor,
     scale_EGN: torch.Tensor,
-    halves: bool = False,
+    grid: Codes,
 ) -> None:
-    """Refit the scale of the group low..high-1, then descend over its codes, in place; see quantize.gptq.refine."""
+    """Refit the scale of the group low..high-1, then descend over its codes, in place; see quantize.solve.refine."""
     E, K, N = state_EKN.shape
+    _check(grid, K // scale_EGN.shape[1], K, high - low)
     function = _function("refine_block", state_EKN.dtype)
     for e in range(E):
         arrays = (hessian_EKK[e], state_EKN[e], delta_EKN[e], codes_EKN[e], scale_EGN[e, low // (high - low)])
-        function(*_i64(low, high - low, K, N), *map(_at, arrays), *_i64(halves))
+        function(*_i64(low, high - low, K, N), *map(_at, arrays), *_grid(grid))
 
 
 def search_scale(
@@ -153,9 +197,11 @@ def search_scale(
     group: int,
     ratios: tuple[float, ...],
     extra_ENGA: torch.Tensor | None,
+    grid: Codes,
 ) -> torch.Tensor:
     """Return the best refitted scale per group [E, N, G], not yet rounded; see quantize.scales.searched_scale."""
     E, N, K = weight_ENK.shape
+    _check(grid, group, K, group)
     scale_ENG = weight_ENK.new_empty(E, N, K // group)
     ratio = torch.tensor(ratios, dtype=weight_ENK.dtype)
     function = _function("search_scale", weight_ENK.dtype)
@@ -170,7 +216,7 @@ def search_scale(
             _at(extra),
             *_i64(extras),
         )
-        function(*_i64(N, K, group), *inputs, _at(scale_ENG[e]))
+        function(*_i64(N, K, group), *inputs, *_i64(grid.low, grid.high), _at(scale_ENG[e]))
     return scale_ENG
 
 
@@ -298,7 +344,6 @@ def _share_work(call: Callable[[int, int], None]) -> None:
     list(_pool(threads).map(lambda first: call(first, threads), range(threads)))
 
 
-@functools.cache
 def has_products() -> bool:
     """Return whether `add_product` works here: the processor multiplies bfloat16 with float32 sums (AVX512-BF16)."""
     return available() and bool(_load()[0].has_products())  # type: ignore[union-attr]
@@ -325,16 +370,15 @@ def add_product(left: Pairs, right: Pairs, out_KK: torch.Tensor) -> None:
     _share_work(lambda first, step: function(*arguments, *_i64(first, step, symmetric), _at(out_KK)))
 
 
-def round_signed(weight_NK: torch.Tensor, fold_K: torch.Tensor, group: int) -> torch.Tensor:
+def round_signed(weight_NK: torch.Tensor, fold_K: torch.Tensor, group: int, grid: Codes) -> torch.Tensor:
     """Return bfloat16 [N, K]: weight * fold rounded with the signed full-range scale, over fold; see quantize.awq."""
     N, K = weight_NK.shape
-    if group > 1024:
-        raise ValueError(f"native kernels: group size {group} is above 1024")
+    _check(grid, group, K, group)
     out_NK = torch.empty(N, K, dtype=torch.bfloat16)
     function = _function("round_signed")
 
     def part(start: int, rows: int) -> None:
-        function(*_i64(rows, K, group), _at(weight_NK[start]), _at(fold_K), _at(out_NK[start]))
+        function(*_i64(rows, K, group, grid.low, grid.high), _at(weight_NK[start]), _at(fold_K), _at(out_NK[start]))
 
     _over_rows(N, part)
     return out_NK

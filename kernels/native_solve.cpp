@@ -18,7 +18,7 @@ template <typename T> void copy_block(const T* coupling, const Block<T>& b, T* o
 
 template <typename V, typename T, int NV>
 void gptq_tile(const Block<T>& b, int64_t row, const T* lower, const T* state, T* delta, int8_t* codes, const T* scale,
-               const int64_t* order, int64_t group, bool halves) {
+               const int64_t* order, int64_t group, const Grid& grid) {
   constexpr int lanes = sizeof(V) / sizeof(T);
   V done[kMaxBlock][NV];
   for (int64_t k = 0; k < b.width; ++k) {
@@ -35,7 +35,7 @@ void gptq_tile(const Block<T>& b, int64_t row, const T* lower, const T* state, T
     int8_t* codes_k = codes + column * b.rows + row;
     for (int v = 0; v < NV; ++v) {
       const V s = load<V>(scale_k + v * lanes);
-      const V code = on_grid<V, T>(value[v] / s, halves);
+      const V code = on_grid<V, T>(value[v] / s, grid);
       done[k][v] = load<V>(delta_k + v * lanes) - code * s;
       store<V>(delta_k + v * lanes, done[k][v]);
       T spread[lanes];
@@ -48,23 +48,24 @@ void gptq_tile(const Block<T>& b, int64_t row, const T* lower, const T* state, T
 // quantize.gptq.gptq, one block of columns
 template <typename T>
 void gptq_block(int64_t low, int64_t width, int64_t columns, int64_t rows, const T* coupling, const T* state, T* delta,
-                int8_t* codes, const T* scale, const int64_t* order, int64_t group, int64_t halves) {
+                int8_t* codes, const T* scale, const int64_t* order, int64_t group, int64_t least, int64_t most, int64_t halves) {
   typedef typename Wide<T>::type V;
   constexpr int lanes = sizeof(V) / sizeof(T), NV = 4;
   const Block<T> b{low, width, columns, rows};
+  const Grid grid{least, most, halves != 0};
   static thread_local T lower[kMaxBlock * kMaxBlock];
   copy_block(coupling, b, lower);
   int64_t row = 0;
   for (; row + NV * lanes <= rows; row += NV * lanes)
-    gptq_tile<V, T, NV>(b, row, lower, state, delta, codes, scale, order, group, halves != 0);
+    gptq_tile<V, T, NV>(b, row, lower, state, delta, codes, scale, order, group, grid);
   for (; row + lanes <= rows; row += lanes)
-    gptq_tile<V, T, 1>(b, row, lower, state, delta, codes, scale, order, group, halves != 0);
-  for (; row < rows; ++row) gptq_tile<T, T, 1>(b, row, lower, state, delta, codes, scale, order, group, halves != 0);
+    gptq_tile<V, T, 1>(b, row, lower, state, delta, codes, scale, order, group, grid);
+  for (; row < rows; ++row) gptq_tile<T, T, 1>(b, row, lower, state, delta, codes, scale, order, group, grid);
 }
 
 template <typename V, typename T, int NV>
 void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lower, T* state, T* delta, T* codes,
-                 T* scale, bool halves) {
+                 T* scale, const Grid& grid) {
   constexpr int lanes = sizeof(V) / sizeof(T);
   V code[kMaxBlock][NV], change[kMaxBlock][NV], before[NV], now[NV], gain[NV] = {}, power[NV] = {};
   for (int v = 0; v < NV; ++v) before[v] = load<V>(scale + row + v * lanes);
@@ -91,7 +92,7 @@ void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lowe
     store<V>(s, before[v]);
     for (int i = 0; i < lanes; ++i) {
       const T refit = s[i] + (p[i] > 0 ? g[i] / p[i] : T(0));
-      const T wanted = halves ? power_scale<T>(refit) : round_scale<T>(refit);
+      const T wanted = grid.halves ? power_scale<T>(refit) : round_scale<T>(refit);
       const T step = wanted - s[i];
       if (step * (step * p[i] - 2 * g[i]) < 0) s[i] = wanted;
     }
@@ -115,7 +116,7 @@ void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lowe
     T* delta_k = delta + (b.low + k) * b.rows + row;
     for (int v = 0; v < NV; ++v) {
       const V old = code[k][v];
-      const V fresh = on_grid<V, T>(old + push[v] / (diagonal * now[v]), halves);
+      const V fresh = on_grid<V, T>(old + push[v] / (diagonal * now[v]), grid);
       change[k][v] = (fresh - old) * now[v];
       store<V>(codes_k + v * lanes, fresh);
       store<V>(delta_k + v * lanes, fresh * now[v] - old * before[v]);
@@ -126,18 +127,19 @@ void refine_tile(const Block<T>& b, int64_t row, const T* hessian, const T* lowe
 // quantize.gptq.refine, one group of columns; `scale` is that group's row of scales
 template <typename T>
 void refine_block(int64_t low, int64_t width, int64_t columns, int64_t rows, const T* hessian, T* state, T* delta,
-                  T* codes, T* scale, int64_t halves) {
+                  T* codes, T* scale, int64_t least, int64_t most, int64_t halves) {
   typedef typename Wide<T>::type V;
   constexpr int lanes = sizeof(V) / sizeof(T), NV = 2;
   const Block<T> b{low, width, columns, rows};
+  const Grid grid{least, most, halves != 0};
   static thread_local T lower[kMaxBlock * kMaxBlock];
   copy_block(hessian, b, lower);
   int64_t row = 0;
   for (; row + NV * lanes <= rows; row += NV * lanes)
-    refine_tile<V, T, NV>(b, row, hessian, lower, state, delta, codes, scale, halves != 0);
+    refine_tile<V, T, NV>(b, row, hessian, lower, state, delta, codes, scale, grid);
   for (; row + lanes <= rows; row += lanes)
-    refine_tile<V, T, 1>(b, row, hessian, lower, state, delta, codes, scale, halves != 0);
-  for (; row < rows; ++row) refine_tile<T, T, 1>(b, row, hessian, lower, state, delta, codes, scale, halves != 0);
+    refine_tile<V, T, 1>(b, row, hessian, lower, state, delta, codes, scale, grid);
+  for (; row < rows; ++row) refine_tile<T, T, 1>(b, row, hessian, lower, state, delta, codes, scale, grid);
 }
 
 template <typename V, typename T> inline T total(V x) {
@@ -151,7 +153,7 @@ template <typename V, typename T> inline T total(V x) {
 // quantize.scales.searched_scale before rounding; weights [rows, columns], scales [rows, columns / group]
 template <typename T>
 void search_scale(int64_t rows, int64_t columns, int64_t group, const T* weight, const T* importance, const T* ratio,
-                  int64_t ratios, const T* extra, int64_t extras, T* scale) {
+                  int64_t ratios, const T* extra, int64_t extras, int64_t least, int64_t most, T* scale) {
   typedef typename Wide<T>::type V;
   constexpr int lanes = sizeof(V) / sizeof(T);
   const int64_t groups = columns / group;
@@ -164,7 +166,7 @@ void search_scale(int64_t rows, int64_t columns, int64_t group, const T* weight,
         high = high < w[k] ? w[k] : high;
         low = low > w[k] ? w[k] : low;
       }
-      const T full = (high >= -low ? high : low) / T(-8);
+      const T full = (high >= -low ? high : low) / T(least);
       T best_gain = 0, best = full;
       for (int64_t c = 0; c < ratios + extras; ++c) {
         const T candidate = c < ratios ? full * ratio[c] : extra[(n * groups + g) * extras + c - ratios];
@@ -172,8 +174,8 @@ void search_scale(int64_t rows, int64_t columns, int64_t group, const T* weight,
         V cross = {}, power = {};
         for (int64_t k = 0; k < group; k += lanes) {
           const V weights = load<V>(w + k), weighted = load<V>(h + k);
-          const V code = nearest_code<V, T>(weights * inverse, T(-8), T(7)) * weighted;
-          const V plain = nearest_code<V, T>(weights * inverse, T(-8), T(7));
+          const V code = nearest_code<V, T>(weights * inverse, T(least), T(most)) * weighted;
+          const V plain = nearest_code<V, T>(weights * inverse, T(least), T(most));
           cross += code * weights;
           power += code * plain;
         }
@@ -196,23 +198,23 @@ void search_scale(int64_t rows, int64_t columns, int64_t group, const T* weight,
 
 #define GPTQ(T)                                                                                                 \
   (int64_t low, int64_t width, int64_t columns, int64_t rows, const T* coupling, const T* state, T* delta, int8_t* codes, \
-   const T* scale, const int64_t* order, int64_t group, int64_t halves)
-BOTH(gptq_block, GPTQ, (low, width, columns, rows, coupling, state, delta, codes, scale, order, group, halves))
+   const T* scale, const int64_t* order, int64_t group, int64_t least, int64_t most, int64_t halves)
+BOTH(gptq_block, GPTQ, (low, width, columns, rows, coupling, state, delta, codes, scale, order, group, least, most, halves))
 
 #define REFINE(T) \
   (int64_t low, int64_t width, int64_t columns, int64_t rows, const T* hessian, T* state, T* delta, T* codes, T* scale, \
-   int64_t halves)
-BOTH(refine_block, REFINE, (low, width, columns, rows, hessian, state, delta, codes, scale, halves))
+   int64_t least, int64_t most, int64_t halves)
+BOTH(refine_block, REFINE, (low, width, columns, rows, hessian, state, delta, codes, scale, least, most, halves))
 
 #define SEARCH(T)                                                                                                    \
   (int64_t rows, int64_t columns, int64_t group, const T* weight, const T* importance, const T* ratio, int64_t ratios, \
-   const T* extra, int64_t extras, T* scale)
-BOTH(search_scale, SEARCH, (rows, columns, group, weight, importance, ratio, ratios, extra, extras, scale))
+   const T* extra, int64_t extras, int64_t least, int64_t most, T* scale)
+BOTH(search_scale, SEARCH, (rows, columns, group, weight, importance, ratio, ratios, extra, extras, least, most, scale))
 
 // quantize.awq: column c of the weight times fold[c], rounded to nearest under the signed full-range group scale, and
 // divided by fold[c] again
-EXPORT void round_signed(int64_t rows, int64_t columns, int64_t group, const float* weight, const float* fold,
-                         uint16_t* out) {
+EXPORT void round_signed(int64_t rows, int64_t columns, int64_t group, int64_t least, int64_t most, const float* weight,
+                         const float* fold, uint16_t* out) {
   float folded[1024];
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t start = 0; start < columns; start += group) {
@@ -224,9 +226,9 @@ EXPORT void round_signed(int64_t rows, int64_t columns, int64_t group, const flo
         high = high < value ? value : high;
         low = low > value ? value : low;
       }
-      const float scale = round_scale<float>((high >= -low ? high : low) / -8.0f);
+      const float scale = round_scale<float>((high >= -low ? high : low) / static_cast<float>(least));
       for (int64_t k = 0; k < group; ++k) {
-        const float code = nearest_code<float, float>(folded[k] / scale, -8.0f, 7.0f);
+        const float code = nearest_code<float, float>(folded[k] / scale, static_cast<float>(least), static_cast<float>(most));
         out[n * columns + start + k] = narrow(code * scale / fold[start + k]);
       }
     }

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Expert
+from gptoss_quantize.calibration.capture import Sample
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.kernels import int4, native
+from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.experts import gated
+from gptoss_quantize.kernels.grids import INT4
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize.scales import signed_scale
+from gptoss_quantize.source import Expert
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 BETAS = (0.0, 0.2, 0.35, 0.5, 0.7)
@@ -41,14 +43,6 @@ class InputFold:
     router: torch.Tensor  # [E, D], new router weight in its stored dtype
     alpha: float  # as applied: the best one for plain rounding, times the recipe's strength
     gain: float  # sampled block output error under plain rounding, with the best fold for it over that without
-
-
-@dataclass(slots=True)
-class Sample:
-    """Calibration tokens routed to one expert, with their weight in the block output error."""
-
-    x: torch.Tensor  # [T, D], original input
-    weight: torch.Tensor  # [T], squared router probability, scaled up to all tokens of the expert
 
 
 def fold_input(
@@ -84,11 +78,11 @@ def fold_down(expert: Expert, wanted_F: torch.Tensor) -> tuple[Expert, torch.Ten
 def nearest(weight_NK: torch.Tensor, fold_K: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Return weight * fold after plain signed rounding, over fold: the cheap stand-in used while searching."""
     if dtype == torch.bfloat16 and weight_NK.device.type == "cpu" and native.available():
-        return native.round_signed(weight_NK.float().contiguous(), fold_K.float().contiguous(), group_size)
+        return native.round_signed(weight_NK.float().contiguous(), fold_K.float().contiguous(), group_size, INT4)
     folded = weight_NK * fold_K
     step = signed_scale(folded, group_size).unsqueeze(-1)
     grouped = folded.unflatten(-1, (-1, group_size))
-    codes = (grouped / step).round_().clamp_(int4.CODE_MIN, int4.CODE_MAX)
+    codes = INT4.nearest(grouped / step)
     return (codes.mul_(step).flatten(-2) / fold_K).to(dtype)
 
 
@@ -166,9 +160,7 @@ def search_down(
     if not sample.x.shape[0]:
         return expert, ones, 0.0, 1.0
     dtype = sample.x.dtype
-    cast = Expert(
-        expert.gate_up.to(dtype), expert.gate_up_bias.to(dtype), expert.down.to(dtype), expert.down_bias.to(dtype)
-    )
+    cast = expert.to(dtype)
     act = expert_act(sample.x, cast, config)
     wanted = functional.linear(act, cast.down).float()
     magnitude = (act.float().abs() * sample.weight[:, None]).sum(0)

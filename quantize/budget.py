@@ -19,9 +19,9 @@ import psutil
 import torch
 
 from gptoss_quantize.calibration.moments import BLOCK_TOKENS
-from gptoss_quantize.checkpoint import dense_shapes
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.layouts import dense_shapes
 from gptoss_quantize.machine import free_memory, release_memory
 from gptoss_quantize.model import BATCH_TOKENS
 from gptoss_quantize.units import gib

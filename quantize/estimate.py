@@ -6,33 +6,40 @@ taken from its FLOPs and the measured matmul rate. Not counted: reading from a s
 tokens that their products are small.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.calibration.capture import Routed
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.flops import layer_flops, matmul_rate
 from gptoss_quantize.kernels import mxfp4
-from gptoss_quantize.quantize.budget import reuse_memory
-from gptoss_quantize.quantize.formats import pick_format
-from gptoss_quantize.quantize.layer import Clock, Routed, calibrated_layer, round_layer
+from gptoss_quantize.layouts import dense_shapes, pick_layout
+from gptoss_quantize.machine import Clock, reuse_memory
+from gptoss_quantize.quantize.layer import Target, calibrated_layer, round_layer
 from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.source import Expert, Source
 
 SAMPLE_TOKENS = 1024  # per expert
 PER_TOKEN = ("forward", "moments")
 
 
-@dataclass(slots=True)
-class _MadeUp:
-    """Stands in for a checkpoint: experts from MXFP4 blocks, decoded when asked for."""
+class _MadeUp(Source):
+    """A model of random numbers: experts from MXFP4 blocks, decoded when asked for."""
 
-    config: ModelConfig
-    parts: list[list[tuple[torch.Tensor, torch.Tensor]]]
+    def __init__(self, config: ModelConfig, parts: list[list[tuple[torch.Tensor, torch.Tensor]]]):
+        self.config, self.parts = config, parts
+
+    def dense(self, name: str) -> torch.Tensor:
+        """Return ones for norms, zeros for biases, small random numbers for the rest."""
+        shape = dense_shapes(self.config)[name]
+        if len(shape) == 1:
+            return torch.ones(shape) if "norm" in name else torch.zeros(shape)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
     def expert(self, layer: int, expert: int, dtype: torch.dtype = torch.float32) -> Expert:
+        """Return a made-up expert."""
         (wide, wide_scale), (down, down_scale) = self.parts[expert]
         F, D = self.config.intermediate, self.config.hidden
         return Expert(
@@ -41,9 +48,6 @@ class _MadeUp:
             mxfp4.decode(down, down_scale, dtype),
             torch.zeros(D, dtype=dtype),
         )
-
-    def experts(self, layer: int, dtype: torch.dtype = torch.float32) -> Iterator[Expert]:
-        return (self.expert(layer, e, dtype) for e in range(self.config.experts))
 
 
 def _made_up(config: ModelConfig, experts: int, generator: torch.Generator) -> _MadeUp:
@@ -72,10 +76,10 @@ def estimate(
     reuse_memory()
     generator = torch.Generator().manual_seed(0)
     experts = min(config.experts, torch.get_num_threads())
-    source = cast("Checkpoint", _made_up(config, experts, generator))
-    fmt, clock = pick_format("int4", group_size, recipe.scale, recipe.awq), Clock()
+    source, clock = _made_up(config, experts, generator), Clock()
+    target = Target(recipe, *pick_layout("int4", group_size))
     if not recipe.calibrated:
-        round_layer(source, 0, recipe, fmt, clock)
+        round_layer(source, 0, target, clock)
         phases = {name: s / experts * config.experts * config.layers for name, s in clock.seconds.items()}
         return {"seconds": sum(phases.values()), "phases": phases, "measured": {"experts": experts}}
     count = experts * sample_tokens
@@ -85,12 +89,9 @@ def estimate(
         torch.full((count, 1), 0.25),
         torch.zeros(count, config.hidden),
     )
-    dense = {
-        "post_attention_layernorm.weight": torch.ones(config.hidden),
-        "mlp.router.weight": torch.randn(experts, config.hidden, generator=generator),
-        "mlp.router.bias": torch.zeros(experts),
-    }
-    calibrated_layer(source, 0, dense, routed, recipe, fmt, experts, clock)
+    changed = ("post_attention_layernorm.weight", "mlp.router.weight", "mlp.router.bias")
+    dense = {name: source.dense(f"model.layers.0.{name}") for name in changed}
+    calibrated_layer(source, 0, dense, routed, target, experts, clock)
     measured = dict(clock.seconds)
     pairs = tokens * config.top_k
     phases = {}

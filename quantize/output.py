@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import (
+    MARK,
     alone,
     check_dest,
     checksum,
@@ -26,6 +27,7 @@ from gptoss_quantize.files import (
     partial_of,
     publish,
     read_mark,
+    remove,
     save_tensors,
     sync_folder,
     take_back,
@@ -126,6 +128,11 @@ class Output:
     @property
     def _inputs(self) -> tuple[Path, ...]:
         return tuple(Path(path) for name in ("source", "adapter") if (path := self.settings.get(name)))
+
+    def abandon(self) -> None:
+        """Delete a run in which nothing has been written yet."""
+        if all(path.name == MARK for path in self.partial.iterdir()):
+            remove(self.partial)
 
     def _take_over(self) -> None:
         """Go on with an unfinished run; what it was begun with, --overwrite too, still holds."""

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -158,6 +160,35 @@ def everyone(ranks: Ranks, value: Any) -> list[Any]:
     with _lost():
         dist.all_gather_object(values, value)
     return values
+
+
+def same_everywhere(ranks: Ranks, mine: dict[str, Any], first: dict[str, Any]) -> None:
+    """Raise InputError on all ranks where one sees other options or files than rank 0."""
+    differing = sorted(name for name in mine if mine[name] != first.get(name))
+    for rank, names in enumerate(everyone(ranks, differing)):
+        if names:
+            raise InputError(
+                f"rank {rank} sees another {', '.join(names)} than rank 0; all ranks need the same options and files"
+            )
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise InputError on all ranks unless they all see rank 0's folder: hidden states and shards pass through it."""
+    if ranks.count == 1:
+        return
+    mark = everyone(ranks, uuid4().hex)[0]
+    path = folder / ".shared"
+    if ranks.rank == 0:
+        path.write_text(mark, encoding="utf-8")
+    everyone(ranks, None)
+    seen = everyone(ranks, path.is_file() and path.read_text(encoding="utf-8") == mark)
+    if ranks.rank == 0:
+        path.unlink()
+    if not all(seen):
+        raise InputError(
+            f"rank {seen.index(False)} does not see rank 0's {folder}; "
+            "ranks on several machines need OUT on a file system that they share"
+        )
 
 
 def from_first(ranks: Ranks, make: Callable[[], Any]) -> Any:

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from gptoss_quantize.calibration.text import Tokens
+from gptoss_quantize.kernels import native
 from gptoss_quantize.machine import peak_rss_mib
 from gptoss_quantize.quantize.output import Output
 
@@ -44,6 +45,8 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
         "machine": {
             "cpu_threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            # why the compiled loops did not work, where they did not
+            "native_kernels": native.problem() or "yes",
             "python": platform.python_version(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },

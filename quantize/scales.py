@@ -1,12 +1,12 @@
 """Group scales: the ways to choose them, each rounded to its stored dtype before any code is chosen.
 
-int4
+integers (of int4; other widths have their own least code instead of -8)
 absmax   |w|max / 7.5, what GPTQModel and compressed-tensors write; wastes half of code -8.
 signed   s = -w_absmax / 8 with the sign of the largest weight, so that it lands on code -8 (ggml Q4_0, AutoRound).
 search   for candidates s = +-|w|max * r / 8: round, refit s in closed form, keep the best under an importance
-         per column (E6; the importance is the diagonal of the damped Hessian, as in ggml's imatrix).
+         per column (the diagonal of the damped Hessian, as in ggml's imatrix).
 
-mxfp4, where a scale is a power of two and the codes are E2M1 in halves (`kernels.grids`)
+powers, where a scale is a power of two and the codes are E2M1 in halves (`kernels.grids`)
 absmax   the OCP specification's floor rule: the largest weight lands in [4, 8) and saturates above 6.
 ceil     the smallest power of two that does not saturate (triton_kernels, ModelOpt).
 search   the best of the floor rule's power of two, its half and its double under the importance.
@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import torch
 
-from gptoss_quantize.kernels import grids, int4, mxfp4, native
-from gptoss_quantize.kernels.int4 import CODE_MAX, CODE_MIN, round_scale
+from gptoss_quantize.kernels import grids, mxfp4, native
+from gptoss_quantize.kernels.grids import INT4, Grid
 
 # ratios of the candidates to the full-range scale |w|max / 8; the second row is tried with the opposite sign,
 # where the largest weight can only reach code +7
@@ -42,14 +42,14 @@ def _grouped(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
     return weight_NK.unflatten(-1, (-1, group_size))
 
 
-def absmax_scale(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return |w|max / 7.5 per group [..., N, G], rounded as stored."""
-    return round_scale(_grouped(weight_NK, group_size).abs().amax(-1) / 7.5)
+def absmax_scale(weight_NK: torch.Tensor, group_size: int, grid: Grid = INT4) -> torch.Tensor:
+    """Return |w|max over half the range of codes (int4: 7.5) per group [..., N, G], rounded as stored."""
+    return grid.round_scale(_grouped(weight_NK, group_size).abs().amax(-1) / ((grid.high - grid.low) / 2))
 
 
-def signed_scale(weight_NK: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return -w / 8 of each group's largest-magnitude weight w, so that its code is exactly -8, rounded."""
-    return round_scale(_largest(_grouped(weight_NK, group_size)) / CODE_MIN)
+def signed_scale(weight_NK: torch.Tensor, group_size: int, grid: Grid = INT4) -> torch.Tensor:
+    """Return w / least code (int4: -8) of each group's largest-magnitude weight w, which is exact then, rounded."""
+    return grid.round_scale(_largest(_grouped(weight_NK, group_size)) / grid.low)
 
 
 def _largest(grouped: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,7 @@ def searched_scale(
     group_size: int,
     extra_NGA: torch.Tensor | None = None,
     compiled: bool = False,
+    grid: Grid = INT4,
 ) -> torch.Tensor:
     """Return the best scale per group [..., N, G] under sum_k importance_k (w_k - s q_k)^2, rounded as stored.
 
@@ -81,8 +82,9 @@ def searched_scale(
             group_size,
             (*RATIOS, *(-r for r in RATIOS_OPPOSITE)),
             more,
+            grid,
         )
-        return round_scale(best.reshape(*lead, rows, groups))
+        return grid.round_scale(best.reshape(*lead, rows, groups))
     weight = _grouped(weight_NK, group_size).flatten(0, -4) if lead else _grouped(weight_NK, group_size)[None]
     importance = importance_K.unflatten(-1, (-1, group_size))
     importance = importance.flatten(0, -3) if lead else importance[None]
@@ -94,15 +96,15 @@ def searched_scale(
         for start in range(0, rows, step):
             part = slice(start, start + step)
             more = None if extra is None else extra[b, part]
-            scale[b, part] = _search_chunk(weight[b, part], importance[b], more)
-    return round_scale(scale.reshape(*lead, rows, groups))
+            scale[b, part] = _search_chunk(weight[b, part], importance[b], more, grid)
+    return grid.round_scale(scale.reshape(*lead, rows, groups))
 
 
 def _search_chunk(
-    weight_NGg: torch.Tensor, importance_Gg: torch.Tensor, extra_NGA: torch.Tensor | None
+    weight_NGg: torch.Tensor, importance_Gg: torch.Tensor, extra_NGA: torch.Tensor | None, grid: Grid
 ) -> torch.Tensor:
     """Return the refitted best scale [N, G] of one chunk of rows."""
-    full = _largest(weight_NGg) / CODE_MIN
+    full = _largest(weight_NGg) / grid.low
     weighted = weight_NGg * importance_Gg
     candidates = [full * r for r in RATIOS] + [full * -r for r in RATIOS_OPPOSITE]
     if extra_NGA is not None:
@@ -111,7 +113,7 @@ def _search_chunk(
     best_scale = full
     for candidate in candidates:
         inverse = torch.where(candidate == 0, 0.0, 1.0 / candidate)
-        codes = torch.mul(weight_NGg, inverse.unsqueeze(-1)).round_().clamp_(CODE_MIN, CODE_MAX)
+        codes = torch.mul(weight_NGg, inverse.unsqueeze(-1)).round_().clamp_(grid.low, grid.high)
         cross = (codes * weighted).sum(-1)
         power = codes.square_().mul_(importance_Gg).sum(-1)
         gain = torch.where(power > 0, cross.square() / power, 0.0)
@@ -128,7 +130,7 @@ def on_mxfp4_grid(weight_NK: torch.Tensor) -> bool:
     # rows that stay in the cache, and the first that is off the grid ends it
     for rows in weight_NK.flatten(0, -2).split(max(1, _CHUNK_ELEMENTS // weight_NK.shape[-1])):
         scale = floor_scale(rows)
-        if not torch.equal(int4.dequantize(grids.MXFP4.quantize(rows, scale), scale, rows.dtype), rows):
+        if not torch.equal(grids.MXFP4.dequantize(grids.MXFP4.quantize(rows, scale), scale, rows.dtype), rows):
             return False
     return True
 
@@ -172,16 +174,16 @@ def searched_power_scale(
     return best
 
 
-# grid -> recipe's name of the rule -> (weights, importance or None, group size) -> scales
-RULES: dict[str, dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]]] = {
-    "int4": {
-        "absmax": lambda weight, _, group: absmax_scale(weight, group),
-        "signed": lambda weight, _, group: signed_scale(weight, group),
-        "search": searched_scale,
+# Grid.rules -> recipe's name of the rule -> (weights, importance or None, group size, grid) -> scales
+RULES: dict[str, dict[str, Callable[[torch.Tensor, torch.Tensor, int, Grid], torch.Tensor]]] = {
+    "integers": {
+        "absmax": lambda weight, _, group, grid: absmax_scale(weight, group, grid),
+        "signed": lambda weight, _, group, grid: signed_scale(weight, group, grid),
+        "search": lambda weight, importance, group, grid: searched_scale(weight, importance, group, grid=grid),
     },
-    "mxfp4": {
-        "absmax": lambda weight, _, group: floor_scale(weight, group),
-        "ceil": lambda weight, _, group: ceil_scale(weight, group),
-        "search": searched_power_scale,
+    "powers": {
+        "absmax": lambda weight, _, group, grid: floor_scale(weight, group),
+        "ceil": lambda weight, _, group, grid: ceil_scale(weight, group),
+        "search": lambda weight, importance, group, grid: searched_power_scale(weight, importance, group),
     },
 }

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.source import Expert, Source
 
 
 def chunks(experts: range, at_once: int) -> list[range]:
@@ -19,7 +19,7 @@ def chunks(experts: range, at_once: int) -> list[range]:
 
 
 def stream_experts(
-    source: Checkpoint, layer: int, parts: list[range], device: torch.device
+    source: Source, layer: int, parts: list[range], device: torch.device
 ) -> Iterator[tuple[range, list[Expert]]]:
     """Yield (experts, their float32 weights on `device`) for every range of `parts`, in order."""
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -1,6 +1,6 @@
 """What a run writes: the outer tensors, hidden states below the first layer, and one shard per layer.
 
-Tensors outside the experts are copied as they are, or stored in 8 bits (`dense` is "source" or "int8").
+Tensors outside the experts are stored as `dense` says (`layouts.DENSE`): as they are, or in 8 bits.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from gptoss_quantize.calibration.text import Tokens
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
-from gptoss_quantize.kernels import int8
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.layouts import Dense, dense_shapes
 from gptoss_quantize.model import batches
 from gptoss_quantize.quantize.layer import LayerResult
 from gptoss_quantize.quantize.output import HiddenFile, Output
@@ -25,30 +25,17 @@ def write_embedded(source: Checkpoint, tokens: Tokens, hidden: HiddenFile) -> No
     hidden.flush()
 
 
-def columns_beside_groups(source: Checkpoint) -> tuple[str, int] | None:
-    """Return the first matrix that groups of 32 columns do not divide, with its columns."""
-    shapes = dense_shapes(source.config).items()
-    return next(((n, s[-1]) for n, s in shapes if q8_names(n, s) and s[-1] % int8.GROUP_SIZE), None)
-
-
-def _stored(name: str, tensor: torch.Tensor, dense: str) -> dict[str, torch.Tensor]:
-    """Return what is written for a tensor outside the experts: itself, or its codes and scales."""
-    if dense != "int8" or not (names := q8_names(name, tuple(tensor.shape))):
-        return {name: tensor}
-    return {stored: part for (stored, _), part in zip(names, int8.quantize(tensor), strict=True)}
-
-
-def write_outer(source: Checkpoint, dense: str, output: Output) -> dict[str, Any]:
+def write_outer(source: Checkpoint, dense: Dense, output: Output) -> dict[str, Any]:
     """Write the first shard: embedding, final norm and head."""
     tensors: dict[str, torch.Tensor] = {}
     for name in dense_shapes(source.config):
         if not name.startswith("model.layers."):
-            tensors |= _stored(name, source.dense(name), dense)
+            tensors |= dense.store(name, source.dense(name))
     return output.write_shard(1, tensors)
 
 
 def write_layer(
-    source: Checkpoint, index: int, dense: str, result: LayerResult, output: Output, ranks: Ranks
+    source: Checkpoint, index: int, dense: Dense, result: LayerResult, output: Output, ranks: Ranks
 ) -> None:
     """Write a layer's shard on the rank whose turn it is, and its report and the state on rank 0."""
     owner = index % ranks.count
@@ -58,7 +45,7 @@ def write_layer(
         prefix = f"model.layers.{index}."
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in (source.layer(index) | solved).items():
-            tensors |= _stored(prefix + name, tensor, dense)
+            tensors |= dense.store(prefix + name, tensor)
         shard = output.write_shard(index + 2, tensors)
     output.note(everyone(ranks, shard)[owner])
     output.state["layers"].append(result.report)

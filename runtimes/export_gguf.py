@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
 
-from gptoss_quantize.checkpoint import Q8_MATRICES, Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.kernels import ggml, int4
+from gptoss_quantize.layouts import INT4, MXFP4, dense_shapes
 from gptoss_quantize.runtimes.gguf_vocab import add_tokenizer
 from gptoss_quantize.runtimes.staging import Planned, write_chunks
 
@@ -99,7 +100,7 @@ def check_supported(config: ModelConfig, where: Path) -> None:
 
 def is_int8(checkpoint: Checkpoint, name: str) -> bool:
     """Return whether a matrix outside the experts is stored as `--dense int8` does."""
-    return checkpoint.dense_format == "int8" and name.endswith(Q8_MATRICES)
+    return checkpoint.dense_layout.packs(name)
 
 
 def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
@@ -108,12 +109,13 @@ def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
 
     def read(name: str, kind: Ggml) -> list[torch.Tensor]:
         if kind is Ggml.Q8_0 and is_int8(checkpoint, name):
-            return [ggml.q8_0(checkpoint.read(name + "_q8"), checkpoint.read(name + "_q8_scale"))]
+            codes, scale = (checkpoint.read(part) for part in checkpoint.dense_layout.parts(name, ()))
+            return [ggml.q8_0(codes, scale)]
         return [encode(checkpoint.dense(name), kind)]
 
     wanted = TYPES[dense_type]
     for name, shape in dense_shapes(config).items():
-        stored = Ggml.Q8_0 if is_int8(checkpoint, name) else STORED[checkpoint.info(name).dtype]
+        stored = Ggml.Q8_0 if is_int8(checkpoint, name) else STORED[checkpoint.dense_dtype(name)]
         kind = stored if wanted is None else wanted
         if len(shape) == 1 or ".router." in name:
             kind = Ggml.F32
@@ -135,33 +137,33 @@ def expert_entries(checkpoint: Checkpoint, layer: int, kind: Ggml) -> Iterator[P
     """Yield the six expert tensors of one layer, read one expert at a time."""
     config = checkpoint.config
     E, D, F = config.experts, config.hidden, config.intermediate
-    encoder = _ENCODERS.get(checkpoint.expert_format, _encode_float)
+    native, pack = NATIVE.get(checkpoint.layout.name, (None, _no_type))
 
-    def weights(matrix: str, rows: slice) -> Iterator[torch.Tensor]:
+    def weights(part: str, rows: slice) -> Iterator[torch.Tensor]:
         for expert in range(E):
-            yield encoder(checkpoint, layer, expert, matrix, rows, kind)
+            if kind is native:
+                yield pack(checkpoint, layer, expert, part, rows)
+            else:
+                whole = checkpoint.expert(layer, expert)
+                yield encode((whole.gate_up if part == "gate_up" else whole.down)[rows], kind)
 
-    def biases(matrix: str, rows: slice) -> Iterator[torch.Tensor]:
+    def biases(part: str, rows: slice) -> Iterator[torch.Tensor]:
         for expert in range(E):
-            yield checkpoint.expert_bias(layer, expert, "gate_up" if matrix == "w13" else "down")[rows].float()
+            yield checkpoint.expert_bias(layer, expert, part)[rows].float()
 
-    for name, matrix, rows, shape in (
-        ("gate", "w13", slice(0, None, 2), (E, F, D)),
-        ("up", "w13", slice(1, None, 2), (E, F, D)),
-        ("down", "w2", slice(None), (E, D, F)),
+    for name, part, rows, shape in (
+        ("gate", "gate_up", slice(0, None, 2), (E, F, D)),
+        ("up", "gate_up", slice(1, None, 2), (E, F, D)),
+        ("down", "down", slice(None), (E, D, F)),
     ):
         base = f"blk.{layer}.ffn_{name}_exps"
-        yield Planned(base + ".weight", shape, kind, partial(weights, matrix, rows))
-        yield Planned(base + ".bias", shape[:2], Ggml.F32, partial(biases, matrix, rows))
+        yield Planned(base + ".weight", shape, kind, partial(weights, part, rows))
+        yield Planned(base + ".bias", shape[:2], Ggml.F32, partial(biases, part, rows))
 
 
-def _encode_int4(
-    checkpoint: Checkpoint, layer: int, expert: int, matrix: str, rows: slice, kind: Ggml
-) -> torch.Tensor:
-    base = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_weight_"
+def _as_q4_0(checkpoint: Checkpoint, layer: int, expert: int, part: str, rows: slice) -> torch.Tensor:
+    base = checkpoint.layout.base(layer, expert, part) + "_weight_"
     codes, scale = int4.unpack(checkpoint.read(base + "packed")[rows]), checkpoint.read(base + "scale")[rows]
-    if kind is not Ggml.Q4_0:
-        return encode(int4.dequantize(codes, scale), kind)
     if inexact := ggml.float16_scale(scale)[1]:
         raise InputError(
             f"{checkpoint.path}: {inexact} of {scale.numel()} scales of {base}scale are not exact in float16, which "
@@ -171,24 +173,21 @@ def _encode_int4(
     return ggml.q4_0(codes, scale)
 
 
-def _encode_mxfp4(
-    checkpoint: Checkpoint, layer: int, expert: int, matrix: str, rows: slice, kind: Ggml
-) -> torch.Tensor:
-    name = f"model.layers.{layer}.mlp.experts.{'gate_up_proj' if matrix == 'w13' else 'down_proj'}"
-    if kind is not Ggml.MXFP4:
-        return _encode_float(checkpoint, layer, expert, matrix, rows, kind)
+def _as_mxfp4(checkpoint: Checkpoint, layer: int, expert: int, part: str, rows: slice) -> torch.Tensor:
+    name = checkpoint.layout.base(layer, expert, part)
     blocks, scales = checkpoint.read(name + "_blocks", expert), checkpoint.read(name + "_scales", expert)
     return ggml.mxfp4(blocks[rows], scales[rows])
 
 
-def _encode_float(
-    checkpoint: Checkpoint, layer: int, expert: int, matrix: str, rows: slice, kind: Ggml
-) -> torch.Tensor:
-    weights = checkpoint.expert(layer, expert)
-    return encode((weights.gate_up if matrix == "w13" else weights.down)[rows], kind)
+def _no_type(checkpoint: Checkpoint, layer: int, expert: int, part: str, rows: slice) -> torch.Tensor:
+    raise InputError(f"{checkpoint.path}: ggml has no type for {checkpoint.layout.name} experts, layer {layer}")
 
 
-_ENCODERS: dict[str, Callable[..., torch.Tensor]] = {"int4": _encode_int4, "mxfp4": _encode_mxfp4}
+# layout of the experts -> the ggml type that holds the same codes and scales, and how to write one matrix in it
+NATIVE: dict[str, tuple[Ggml, Callable[..., torch.Tensor]]] = {
+    INT4.name: (Ggml.Q4_0, _as_q4_0),
+    MXFP4.name: (Ggml.MXFP4, _as_mxfp4),
+}
 
 
 def expert_kind(checkpoint: Checkpoint, expert_type: str) -> Ggml:
@@ -196,9 +195,12 @@ def expert_kind(checkpoint: Checkpoint, expert_type: str) -> Ggml:
     # F32 is 0 and so false
     if (wanted := TYPES[expert_type]) is not None:
         return wanted
-    if checkpoint.expert_format == "float":
-        return STORED[checkpoint.info("model.layers.0.mlp.experts.gate_up_proj").dtype]
-    return {"int4": Ggml.Q4_0, "mxfp4": Ggml.MXFP4}[checkpoint.expert_format]
+    layout = checkpoint.layout
+    if layout.grid is None:
+        return STORED[checkpoint.info(layout.base(0, 0, "gate_up")).dtype]
+    if layout.name not in NATIVE:
+        raise InputError(f"{checkpoint.path}: ggml has no type for {layout.name} experts; use --expert-type bf16")
+    return NATIVE[layout.name][0]
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, name: str, file_type: int) -> None:

@@ -13,45 +13,35 @@ from typing import Any
 
 import torch
 
-from gptoss_quantize.checkpoint import Q8_MATRICES, Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
+from gptoss_quantize.layouts import FLOAT, MXFP4, dense_shapes, expert_shapes, layer_of, quantization_config
 from gptoss_quantize.runtimes.staging import Planned, write_shards
-
-# what OpenAI's own config.json says
-MXFP4_CONFIG = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
+from gptoss_quantize.source import StoredSource
 
 
-def plain_config(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+def plain_config(checkpoint: StoredSource, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json without quantization, for weights of `dtype`."""
     dropped = ("quantization_config", "gptoss_quantize", "torch_dtype")
     raw = {key: value for key, value in checkpoint.config.raw.items() if key not in dropped}
     return raw | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def dense_shards(checkpoint: Checkpoint) -> tuple[list[Planned], list[list[Planned]]]:
+def dense_shards(checkpoint: StoredSource) -> tuple[list[Planned], list[list[Planned]]]:
     """Return (tensors outside the layers, tensors of each layer outside its experts), all copied as stored."""
     outer: list[Planned] = []
     layers: list[list[Planned]] = [[] for _ in range(checkpoint.config.layers)]
     for name, shape in dense_shapes(checkpoint.config).items():
         # float32 holds int8 code times scale exactly
-        int8 = checkpoint.dense_format == "int8" and name.endswith(Q8_MATRICES)
-        kind = torch.float32 if int8 else checkpoint.info(name).dtype
-        entry = Planned(name, shape, kind, partial(_copied, checkpoint, name))
-        place = layers[int(name.split(".")[2])] if name.startswith("model.layers.") else outer
+        entry = Planned(name, shape, checkpoint.dense_dtype(name), partial(_copied, checkpoint, name))
+        layer = layer_of(name)
+        place = outer if layer is None else layers[layer]
         place.append(entry)
     return outer, layers
 
 
-def _copied(checkpoint: Checkpoint, name: str) -> list[torch.Tensor]:
+def _copied(checkpoint: StoredSource, name: str) -> list[torch.Tensor]:
     return [checkpoint.dense(name)]
 
 
@@ -84,12 +74,12 @@ class Rounding:
 
 
 def write_float(
-    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, on_shard: Progress = no_progress
+    checkpoint: StoredSource, folder: Path, dtype: torch.dtype, on_shard: Progress = no_progress
 ) -> dict[str, Any]:
     """Write a dequantized directory (experts in `dtype`, everything else as stored) and return what it cost."""
     rounding = Rounding(dtype)
     outer, layers = dense_shards(checkpoint)
-    fused = expert_shapes(checkpoint.config, "float", 0)
+    fused = expert_shapes(checkpoint.config, FLOAT)
 
     def matrices(layer: int, part: str) -> Iterator[torch.Tensor]:
         for number, expert in enumerate(checkpoint.experts(layer)):
@@ -109,19 +99,19 @@ def write_float(
     return {"bytes": total, **rounding.record()}
 
 
-def _biases(checkpoint: Checkpoint, layer: int, part: str) -> Planned:
+def _biases(checkpoint: StoredSource, layer: int, part: str) -> Planned:
     """Return the fused biases of a layer in their stored dtype."""
     name = f"model.layers.{layer}.mlp.experts.{part}_proj_bias"
-    E, _ = shape = expert_shapes(checkpoint.config, "float", 0)[name]
+    E, _ = shape = expert_shapes(checkpoint.config, FLOAT)[name]
     stored = checkpoint.expert_bias(layer, 0, part).dtype
     return Planned(name, shape, stored, lambda: (checkpoint.expert_bias(layer, e, part).to(stored) for e in range(E)))
 
 
 def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_progress) -> dict[str, Any]:
     """Write OpenAI's MXFP4 layout, blocks and scales bit for bit; InputError for another expert format."""
-    if checkpoint.expert_format != "mxfp4":
+    if checkpoint.layout is not MXFP4:
         raise InputError(
-            f"{checkpoint.path}: its experts are {checkpoint.expert_format}; int4 codes with free scales have no "
+            f"{checkpoint.path}: its experts are {checkpoint.layout.name}; int4 codes with free scales have no "
             "MXFP4 form without a second rounding. Quantize the original to MXFP4 instead, or use --to bf16"
         )
     outer, layers = dense_shards(checkpoint)
@@ -130,12 +120,12 @@ def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_pr
     def slices(name: str) -> Iterator[torch.Tensor]:
         return (checkpoint.read(name, e) for e in range(E))
 
-    for name, shape in expert_shapes(checkpoint.config, "mxfp4", 0).items():
+    for name, shape in expert_shapes(checkpoint.config, MXFP4).items():
         entry = Planned(name, shape, checkpoint.info(name).dtype, partial(slices, name))
         layers[int(name.split(".")[2])].append(entry)
     total = write_shards(folder, [outer, *layers], "model", on_shard)
     config = plain_config(checkpoint, torch.bfloat16)
-    config["quantization_config"] = checkpoint.config.raw.get("quantization_config") or MXFP4_CONFIG
+    config["quantization_config"] = checkpoint.config.raw.get("quantization_config") or quantization_config(MXFP4)
     write_json(folder / "config.json", config)
     copy_side_files(checkpoint.path, folder)
     return {"bytes": total}

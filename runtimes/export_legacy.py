@@ -18,16 +18,17 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
 from gptoss_quantize.kernels import ggml, int4, legacy
+from gptoss_quantize.layouts import INT4
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config
 from gptoss_quantize.runtimes.staging import Planned, write_shards
 
 SPLIT_KEY = "gate_up_split"
 INTERLEAVED = "interleaved"
-# projection -> our matrix, and its rows there
+# projection -> the part of an expert, and its rows there
 PROJECTIONS = {
-    "gate_proj": ("w13", slice(0, None, 2)),
-    "up_proj": ("w13", slice(1, None, 2)),
-    "down_proj": ("w2", slice(None)),
+    "gate_proj": ("gate_up", slice(0, None, 2)),
+    "up_proj": ("gate_up", slice(1, None, 2)),
+    "down_proj": ("down", slice(None)),
 }
 _KEEP = ["self_attn", "router", "lm_head"]
 
@@ -96,32 +97,33 @@ def _entries(checkpoint: Checkpoint, layer: int, expert: int, layout: str) -> It
     config = checkpoint.config
     base = f"model.layers.{layer}.mlp.experts.{expert}."
 
-    def tensor(matrix: str, rows: slice, suffix: str) -> Iterator[torch.Tensor]:
-        scale = checkpoint.read(f"{base}{matrix}_weight_scale")[rows]
+    def tensor(part: str, rows: slice, suffix: str) -> Iterator[torch.Tensor]:
+        name = checkpoint.layout.base(layer, expert, part)
+        scale = checkpoint.read(name + "_weight_scale")[rows]
         if inexact := ggml.float16_scale(scale)[1]:
             raise InputError(
-                f"{checkpoint.path}: {inexact} of {scale.numel()} scales of {base}{matrix}_weight_scale are not "
+                f"{checkpoint.path}: {inexact} of {scale.numel()} scales of {name}_weight_scale are not "
                 f"exact in float16, which {layout} stores them in; quantize again with gptoss-quantize, which "
                 "chooses scales that both can hold, or use --to bf16"
             )
-        packed = checkpoint.read(f"{base}{matrix}_weight_packed")[rows]
+        packed = checkpoint.read(name + "_weight_packed")[rows]
         yield linear_tensors(packed, scale, layout)[suffix]()
 
-    def bias(matrix: str, rows: slice) -> Iterator[torch.Tensor]:
-        yield checkpoint.read(f"{base}{matrix}_bias")[rows]
+    def bias(part: str, rows: slice) -> Iterator[torch.Tensor]:
+        yield checkpoint.expert_bias(layer, expert, part)[rows]
 
     sizes = {
         "gate_proj": (config.intermediate, config.hidden),
         "up_proj": (config.intermediate, config.hidden),
         "down_proj": (config.hidden, config.intermediate),
     }
-    for projection, (matrix, rows) in PROJECTIONS.items():
+    for projection, (part, rows) in PROJECTIONS.items():
         name = f"{base}{projection}."
         shapes = linear_shapes(*sizes[projection], checkpoint.group_size, layout)
         for suffix, (shape, dtype) in shapes.items():
-            yield Planned(name + suffix, shape, dtype, partial(tensor, matrix, rows, suffix))
-        stored = checkpoint.info(f"{base}{matrix}_bias").dtype
-        yield Planned(name + "bias", sizes[projection][:1], stored, partial(bias, matrix, rows))
+            yield Planned(name + suffix, shape, dtype, partial(tensor, part, rows, suffix))
+        stored = checkpoint.info(checkpoint.layout.base(layer, expert, part) + "_bias").dtype
+        yield Planned(name + "bias", sizes[projection][:1], stored, partial(bias, part, rows))
 
 
 def write_legacy(
@@ -129,9 +131,9 @@ def write_legacy(
 ) -> dict[str, Any]:
     """Write a directory in layout "gptq", "gptq_v2" or "awq"; InputError when the experts are not int4 of ours."""
     config = checkpoint.config
-    if checkpoint.expert_format != "int4":
+    if checkpoint.layout is not INT4:
         raise InputError(
-            f"{checkpoint.path}: its experts are {checkpoint.expert_format}, not int4; quantize it first "
+            f"{checkpoint.path}: its experts are {checkpoint.layout.name}, not int4; quantize it first "
             "(gptoss-quantize quantize), or use --to bf16"
         )
     if config.hidden % 8 or config.intermediate % 8:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert, dense_shapes
 from gptoss_quantize.config import parse_config, read_json
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4, legacy
-from gptoss_quantize.shards import ShardFile
+from gptoss_quantize.layouts import AS_SOURCE, dense_shapes
+from gptoss_quantize.shards import ShardFile, TensorInfo, Weights
+from gptoss_quantize.source import Expert, StoredSource
 
 SPLITS = ("interleaved", "halves")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -106,7 +107,7 @@ def layout_of(quantization: dict[str, Any], has: Callable[[str], bool], where: P
     )
 
 
-class Foreign(Checkpoint):
+class Foreign(StoredSource):
     """Another tool's directory: `config`, dense tensors and dequantized experts, like any checkpoint."""
 
     def __init__(self, path: Path, split: str):
@@ -114,23 +115,24 @@ class Foreign(Checkpoint):
             raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         if not path.is_dir():
             raise InputError(f"{path}: not a directory; {_KNOWN}")
-        self.path, self.split, self.adapter = path, split, None
+        self.path, self.split = path, split
         raw = read_json(path / "config.json")
         self.config = parse_config(raw, str(path / "config.json"))
-        self._shard_of: dict[str, ShardFile] = {}
+        shard_of: dict[str, ShardFile] = {}
         for file in sorted(path.glob("*.safetensors")):
             shard = ShardFile(file)
-            self._shard_of |= dict.fromkeys(shard.tensors, shard)
+            shard_of |= dict.fromkeys(shard.tensors, shard)
+        self.weights = Weights(shard_of)
         self.quantization = raw.get("quantization_config")
         if not isinstance(self.quantization, dict):
             raise InputError(f"{path / 'config.json'}: no quantization_config; {_KNOWN}")
         bits = self.quantization.get("bits", 4)
         if bits != 4:
             raise InputError(f"{path / 'config.json'}: {bits} bits; only int4 is known here")
-        self.layout, self.version = layout_of(self.quantization, self._shard_of.__contains__, path)
-        self.expert_format, self.dense_format, self.group_size = "foreign", "float", 0
+        self.layout, self.version = layout_of(self.quantization, self.weights.__contains__, path)
+        self.dense_layout = AS_SOURCE
         for name, shape in dense_shapes(self.config).items():
-            if name not in self._shard_of:
+            if name not in self.weights:
                 raise InputError(f"{path}: tensor {name} is missing; the file is not of a whole gpt-oss model")
             if self.info(name).shape != shape:
                 raise InputError(f"{path}: {name} has shape {list(self.info(name).shape)}, expected {list(shape)}")
@@ -147,15 +149,31 @@ class Foreign(Checkpoint):
                 for projection in PROJECTIONS:
                     base = self._name(layer, expert, projection)
                     known |= {base + suffix for suffix in suffixes}
-                    if base + "bias" not in self._shard_of:
+                    if base + "bias" not in self.weights:
                         raise InputError(
                             f"{self.path}: {base}bias is missing; the tool dropped the experts' biases, without "
                             "which the model is another one. Quantize again from the original"
                         )
-        if unknown := sorted(self._shard_of.keys() - known):
+        if unknown := sorted(set(self.weights.names()) - known):
             raise InputError(
                 f"{self.path}: {len(unknown)} tensor(s) of unknown meaning, first {unknown[0]}; {_KNOWN}"
             )
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and place of a stored tensor."""
+        return self.weights.info(name)
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Return a stored tensor as stored; NaN and infinity are refused."""
+        return self.weights.read(name, index)
+
+    def dense(self, name: str) -> Tensor:
+        """Return a tensor outside the experts, which no tool here quantizes."""
+        return self.read(name)
+
+    def dense_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that `dense` gives."""
+        return self.info(name).dtype
 
     @staticmethod
     def _name(layer: int, expert: int, projection: str) -> str:
@@ -165,7 +183,7 @@ class Foreign(Checkpoint):
         """Return one quantized matrix; InputError when it does not have the shape of the model's."""
         name = self._name(layer, expert, projection)
         try:
-            linear = LAYOUTS[self.layout](self.read, self._shard_of.__contains__, name, self.version)
+            linear = LAYOUTS[self.layout](self.read, self.weights.__contains__, name, self.version)
         except (KeyError, RuntimeError) as error:
             raise InputError(f"{self.path}: {name}* is missing or misshapen ({error}); {_KNOWN}") from None
         rows, columns = self.config.intermediate, self.config.hidden

@@ -20,16 +20,17 @@ import torch
 from torch.nn import functional
 
 from gptoss_quantize import __version__
-from gptoss_quantize.checkpoint import Checkpoint, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, copy_side_files, no_progress, staged, write_json
 from gptoss_quantize.kernels import ggml
+from gptoss_quantize.layouts import INT4, expert_shapes, quantization_config
 from gptoss_quantize.model import hidden_states, logits
-from gptoss_quantize.quantize.formats import FORMATS
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
 from gptoss_quantize.runtimes.foreign import SPLITS, Foreign
 from gptoss_quantize.runtimes.staging import REPORT_NAME, Planned, write_shards
+from gptoss_quantize.source import Source
 
 # nats per token; a wrong reading of the demo model costs more than 1
 CLEAR_NATS = 0.1
@@ -52,10 +53,10 @@ def suggested_split(quantization: dict[str, Any]) -> tuple[str | None, str]:
 
 
 @torch.inference_mode()
-def sequence_nll(checkpoint: Checkpoint, ids_NS: torch.Tensor, on_layer: Callable[[int], None]) -> torch.Tensor:
+def sequence_nll(source: Source, ids_NS: torch.Tensor, on_layer: Callable[[int], None]) -> torch.Tensor:
     """Return the mean negative log-likelihood of each sequence [N], in nats per token."""
-    hidden = hidden_states(checkpoint, ids_NS, on_layer=on_layer)
-    head = checkpoint.head().float()
+    hidden = hidden_states(source, ids_NS, on_layer=on_layer)
+    head = source.head().float()
     out = [functional.cross_entropy(logits(hidden[n, :-1], head), ids_NS[n, 1:]) for n in range(len(ids_NS))]
     return torch.stack(out).double()
 
@@ -122,7 +123,7 @@ def _write_int4(source: Foreign, folder: Path, on_shard: Progress) -> dict[str, 
     config = source.config
     first = source.packed(0, 0)
     group_size = config.hidden // first["w13_weight_scale"].shape[1]
-    shapes = expert_shapes(config, "int4", group_size)
+    shapes = expert_shapes(config, INT4, group_size)
     counts = {"scales": 0, "scales_inexact_in_float16": 0, "scales_inexact_in_bfloat16": 0}
 
     # the file is in order of experts within each dtype: each is converted once for its words, once for the rest
@@ -142,9 +143,9 @@ def _write_int4(source: Foreign, folder: Path, on_shard: Progress) -> dict[str, 
             for suffix, like in first.items():
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{suffix}"
                 entries.append(Planned(name, shapes[name], like.dtype, partial(tensor, layer, expert, suffix)))
-    total = write_shards(folder, [outer, *layers], "gptoss-int4", on_shard)
-    marker = {"version": __version__, "format": "int4", "method": "imported", "group_size": group_size}
-    settings = {"quantization_config": FORMATS["int4"].config(group_size), "gptoss_quantize": marker}
+    total = write_shards(folder, [outer, *layers], INT4.shard_stem, on_shard)
+    marker = {"version": __version__, "format": INT4.name, "method": "imported", "group_size": group_size}
+    settings = {"quantization_config": quantization_config(INT4, group_size), "gptoss_quantize": marker}
     write_json(folder / "config.json", plain_config(source, torch.bfloat16) | settings)
     copy_side_files(source.path, folder)
     return {"bytes": total, "group_size": group_size, **counts}

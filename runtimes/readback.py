@@ -13,10 +13,12 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType as Ggml
 
-from gptoss_quantize.checkpoint import Checkpoint, Expert, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, no_progress
+from gptoss_quantize.layouts import dense_shapes
 from gptoss_quantize.runtimes.export_gguf import gguf_name, is_int8
+from gptoss_quantize.source import Expert, StoredSource
 
 _ROWS = 4096
 
@@ -100,7 +102,7 @@ def gguf_differences(checkpoint: Checkpoint, path: Path, on_layer: Progress = no
 
 
 def directory_differences(
-    checkpoint: Checkpoint, other: Checkpoint, dtype: torch.dtype, on_layer: Progress = no_progress
+    checkpoint: Checkpoint, other: StoredSource, dtype: torch.dtype, on_layer: Progress = no_progress
 ) -> Iterator[str]:
     """Yield what of another directory differs: dense tensors as stored, experts after rounding to `dtype`."""
     for name in dense_shapes(checkpoint.config):

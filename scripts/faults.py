@@ -29,8 +29,8 @@ from rich.progress import Progress
 from gptoss_quantize.api import quantize_model, sample_text
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.demo.synthetic import build_synthetic_model
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job
 
 SHAPE = {
     "model_type": "gpt_oss",

@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from gptoss_quantize.architectures import MXFP4_NOT_CONVERTED, shape_of
-from gptoss_quantize.checkpoint import dense_shapes, expert_shapes
 from gptoss_quantize.config import ModelConfig, parse_config
 from gptoss_quantize.demo.model import ShardWriter
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import check_dest, staged, write_json
 from gptoss_quantize.kernels import mxfp4
+from gptoss_quantize.layouts import MXFP4, dense_shapes, expert_shapes
 
 CODE_STD = 2.2  # of E2M1 values in trained weights: a group's largest lies between 4 and 8 before saturation
 OUTLIERS = 4  # input channels of every projection with larger weights
@@ -73,7 +73,7 @@ def build_synthetic_model(
             raise InputError(f"{like}: {name} {size} is not a multiple of {mxfp4.GROUP_SIZE}, the MXFP4 block")
     tokenizer = make_tokenizer(sample_text, config.vocab)
     raw |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shapes = dense_shapes(config) | expert_shapes(config, "mxfp4", 0)
+    shapes = dense_shapes(config) | expert_shapes(config, MXFP4)
     with staged(dest, "synthetic-model", overwrite=False) as folder, torch.inference_mode():
         shards = ShardWriter(folder)
         for prefix, done in _order(config):

@@ -21,8 +21,8 @@ from gptoss_quantize.demo.model import build_demo_model
 from gptoss_quantize.demo.synthetic import build_synthetic_model
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job
 
 DEMO_PROMPT = "What is the capital of France, and what is it known for?"
 

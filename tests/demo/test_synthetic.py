@@ -8,10 +8,11 @@ import torch
 
 from gptoss_quantize.architectures import SIZES, gptoss_config
 from gptoss_quantize.calibration.text import load_tokenizer
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.demo.synthetic import _mxfp4, _numbers, build_synthetic_model, synthetic_config
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.layouts import MXFP4, dense_shapes, expert_shapes
 from gptoss_quantize.model import hidden_states
 
 TINY = {
@@ -54,7 +55,7 @@ def test_the_published_shapes():
         assert (config.layers, config.experts, config.top_k, config.vocab) == (layers, experts, 4, 201088)
         assert (config.window(0), config.window(1), config.head_dim) == (128, None, 64)
         # bytes of the released MXFP4 files without their headers: 13.76 GB and 65.25 GB
-        shapes = dense_shapes(config) | expert_shapes(config, "mxfp4", 0)
+        shapes = dense_shapes(config) | expert_shapes(config, MXFP4)
         wide = [torch.Size(s).numel() * (1 if n.endswith(("_blocks", "_scales")) else 2) for n, s in shapes.items()]
         assert sum(wide) == {24: 13_761_264_768, 36: 65_248_815_744}[layers]
 

@@ -20,8 +20,9 @@ from gptoss_quantize.eval.identity import cost, fingerprint
 from gptoss_quantize.eval.report import render, write_report
 from gptoss_quantize.eval.tasks import TaskSettings
 from gptoss_quantize.eval.verdict import judge, sentence
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 TASKS = ("gptoss_agreement", "gptoss_kinds", "gptoss_sequences")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -17,9 +17,10 @@ import torch
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.ranks import joined
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 
 def work(rank: int, port: int, scenario: dict, model: str, ids: list, out: Path) -> str:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from gptoss_quantize.checkpoint import Expert
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.kernels.experts import route
 from gptoss_quantize.model import expert_act, moe
 from gptoss_quantize.quantize import awq
+from gptoss_quantize.source import Expert
 
 D, F, E, T = 192, 320, 6, 400
 CONFIG = parse_config(

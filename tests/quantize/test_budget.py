@@ -17,8 +17,9 @@ from gptoss_quantize.machine import free_memory
 from gptoss_quantize.quantize import budget as module
 from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.budget import Budget, Spill, needed, resolve, token_arrays
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.units import GIB
 
 BASE = GIB // 2

@@ -5,15 +5,17 @@ import json
 import pytest
 import torch
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, q8_names
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.dense_int8 import Int8Embedding, Int8Linear
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.kernels import int8
+from gptoss_quantize.layouts import INT8, dense_shapes
 from gptoss_quantize.loading import load, weight_bytes
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.sizes import disk, shard_tensors
 
 
@@ -36,7 +38,8 @@ def test_what_is_written(tiny, made):
     config = Checkpoint(made / "int8").config
     matrices = 0
     for name, shape in dense_shapes(config).items():
-        if stored := q8_names(name, shape):
+        if INT8.packs(name):
+            stored = list(INT8.parts(name, shape).items())
             matrices += 1
             codes, scale = int8.quantize(source[name])
             assert name not in ours
@@ -91,7 +94,7 @@ def test_loaded_it_stays_packed_and_equals_the_streamed_model(tiny, made):
     assert isinstance(model.model.layers[1].self_attn.q_proj, Int8Linear)
     assert isinstance(model.model.embed_tokens, Int8Embedding)
     shapes = dense_shapes(Checkpoint(made / "int8").config)
-    elements = sum(shape[0] * shape[1] for name, shape in shapes.items() if q8_names(name, shape))
+    elements = sum(shape[0] * shape[1] for name, shape in shapes.items() if INT8.packs(name))
     # 8.5 bits where float32 takes 32
     assert weight_bytes(plain) - weight_bytes(model) == elements * (4 - 1 - 2 / 32)
     ids = tiny.ids(2, 24)

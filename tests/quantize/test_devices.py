@@ -6,8 +6,9 @@ import torch
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.machine import pick_device
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 
 def test_a_card_that_is_not_there(monkeypatch):

@@ -20,9 +20,10 @@ from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.quantize import output
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.output import HiddenFile
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,11 +6,25 @@ import pytest
 import torch
 
 from gptoss_quantize.kernels import int4, native
-from gptoss_quantize.quantize import gptq as module
-from gptoss_quantize.quantize.gptq import asymmetric_target, damp_, factor, factorize, gptq, refine
+from gptoss_quantize.quantize import solve
 from gptoss_quantize.quantize.scales import signed_scale
+from gptoss_quantize.quantize.solve import asymmetric_target, damp_, factor, factorize
 
 GROUP = 32
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(1, 2).contiguous()
+
+
+def gptq(target, factored, scale, *args, **options):
+    """`solve.gptq` for weights that lie as they are stored, [E, N, K]."""
+    return turned(solve.gptq(turned(target), factored, turned(scale), *args, **options))
+
+
+def refine(target, hessian, scale, codes, *args, **options):
+    """`solve.refine` likewise."""
+    return tuple(map(turned, solve.refine(turned(target), hessian, turned(scale), turned(codes), *args, **options)))
 
 
 @pytest.fixture(params=[False, True], ids=["torch", "native"])
@@ -220,7 +234,7 @@ def test_inputs_are_not_changed():
     before = codes.clone()
     refine(weight, hessian, scale, codes)
     assert all(map(torch.equal, (weight, hessian, scale, codes), (*kept, before)))
-    assert module.LEAF >= 1
+    assert solve.LEAF >= 1
 
 
 def test_factors_do_not_depend_on_the_number_of_threads():

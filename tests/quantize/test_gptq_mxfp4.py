@@ -5,10 +5,25 @@ import torch
 
 from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.grids import MXFP4
-from gptoss_quantize.quantize.gptq import factorize, gptq, refine
+from gptoss_quantize.quantize import solve
 from gptoss_quantize.quantize.scales import floor_scale, searched_power_scale
+from gptoss_quantize.quantize.solve import factorize
 
 HALVES = torch.tensor([-12.0, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float64)
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.transpose(1, 2).contiguous()
+
+
+def gptq(target, factored, scale, *args, **options):
+    """`solve.gptq` for weights that lie as they are stored, [E, N, K]."""
+    return turned(solve.gptq(turned(target), factored, turned(scale), *args, **options))
+
+
+def refine(target, hessian, scale, codes, *args, **options):
+    """`solve.refine` likewise."""
+    return tuple(map(turned, solve.refine(turned(target), hessian, turned(scale), turned(codes), *args, **options)))
 
 
 @pytest.fixture(params=["torch", "C++"])

@@ -11,8 +11,9 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES, override
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 
 def run(source, dest, method, tokens=None, **options):

@@ -17,6 +17,7 @@ from gptoss_quantize.quantize import polish as module
 from gptoss_quantize.quantize import polish_output as polish_output_module
 from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.budget import polish_bytes
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.polish import (
     FINAL,
@@ -29,7 +30,7 @@ from gptoss_quantize.quantize.polish import (
     text_needed,
 )
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.units import GIB
 
 

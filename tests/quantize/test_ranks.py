@@ -13,9 +13,10 @@ import torch
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.quantize import run as run_module
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, from_first, gather_tensors, in_turn, joined
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 DRIVER = Path(__file__).with_name("ranks_driver.py")
 SCENARIOS = [

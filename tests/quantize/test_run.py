@@ -10,16 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_quantize import __version__, model
 from gptoss_quantize.adapter import Adapter
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
+from gptoss_quantize.layouts import INT4, dense_shapes, quantization_config
 from gptoss_quantize.machine import pick_device
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize import output
-from gptoss_quantize.quantize.formats import FORMATS
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import RECIPES, override
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 METHODS = ["rtn", "gptq", "awq", "awq+gptq"]
 
@@ -109,7 +110,7 @@ def test_config_says_what_it_is(tiny, tmp_path, group_size):
     marker = config.pop("gptoss_quantize")
     assert config == source
     assert marker == {"version": __version__, "format": "int4", "method": "rtn", "group_size": group_size}
-    assert quantization == FORMATS["int4"].config(group_size)
+    assert quantization == quantization_config(INT4, group_size)
     assert quantization["quant_method"] == "compressed-tensors"
     assert quantization["config_groups"]["group_0"]["weights"]["group_size"] == group_size
     assert Checkpoint(tmp_path / "out").group_size == group_size

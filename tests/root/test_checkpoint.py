@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
+from gptoss_quantize.layouts import dense_shapes, expert_shapes
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 INDEX = "model.safetensors.index.json"
 EXPERTS = "model.layers.1.mlp.experts."

@@ -14,12 +14,14 @@ import gptoss_quantize
 from gptoss_quantize import loading
 from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
+from gptoss_quantize.layouts import INT4, dense_shapes, expert_shapes
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 INDEX = "gptoss-int4.safetensors.index.json"
 EXPERT_WEIGHTS = 3 * 8 * 3 * 192 * 320
@@ -121,7 +123,7 @@ def test_experts_stay_packed(quantized, group_size):
 def test_every_tensor_is_the_expected_one(quantized):
     path = quantized()
     checkpoint = Checkpoint(path)
-    expected = dense_shapes(checkpoint.config) | expert_shapes(checkpoint.config, "int4", 64)
+    expected = dense_shapes(checkpoint.config) | expert_shapes(checkpoint.config, INT4, 64)
     index = json.loads((path / INDEX).read_text())
     assert index["weight_map"].keys() == expected.keys()
     found = {}

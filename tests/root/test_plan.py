@@ -14,7 +14,8 @@ from gptoss_quantize.cli_sizes import print_plan
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.job import Job
+from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.shards import DTYPES
 from gptoss_quantize.sizes import (
     CONTEXTS,
@@ -52,9 +53,6 @@ def small():
 @pytest.mark.parametrize("kind", ["bf16", "float32", "mxfp4"])
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_bytes_are_those_of_the_written_files(tiny, tmp_path, kind, group_size):
-    from gptoss_quantize.quantize.recipes import RECIPES
-    from gptoss_quantize.quantize.run import Job, quantize_checkpoint
-
     source = Checkpoint(tiny.path(kind))
     job = Job(dest=tmp_path / "out", method="rtn", recipe=RECIPES["rtn"], group_size=group_size, device="cpu")
     report = quantize_checkpoint(source, job, None)

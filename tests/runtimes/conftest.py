@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 
 @pytest.fixture(scope="session")

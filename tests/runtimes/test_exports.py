@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from gptoss_quantize import api
 from gptoss_quantize.calibration.text import TextSpec
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.layouts import dense_shapes
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.quantize.run import Job, quantize_checkpoint
+from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.runtimes import readback, staging
 from gptoss_quantize.runtimes.export_gguf import yarn_attention_factor
 from gptoss_quantize.runtimes.exports import GGUF_NAME, WRITERS, export_checkpoint
