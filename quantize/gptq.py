@@ -2,7 +2,7 @@
 
 Both walk over columns: the value of column k is its target minus what the errors of earlier columns say,
     value_k = state_k - sum over earlier j of  coupling[j, k] * delta_j
-GPTQ (arXiv 2210.17323, E7): state = w*, coupling = -V[j, k] / V[k, k] with H = V V^T, delta = w* - quantized value.
+GPTQ (arXiv 2210.17323; E7): state = w*, coupling = -V[j, k] / V[k, k] with H = V V^T, delta = w* - quantized value.
   That is the LDLQ form of QuIP (arXiv 2307.13304, theorem 6), the same codes without an inverse: the objective is
   |(w* - q) V|^2, whose column k depends on the columns up to k alone, and is 0 at the value above.
 Coordinate descent (E8, E9): state = H (W* - Q), coupling = H, delta = change of the quantized value.
@@ -10,7 +10,7 @@ Coordinate descent (E8, E9): state = H (W* - Q), coupling = H, delta = change of
 the result does not depend on the blocking but for rounding.
 
 Layout: columns come second, [E, K, N] (experts, columns, rows), so that a column is contiguous memory.
-The objective is  sum over rows of  (w* - q) H (w* - q)^T.
+The objective is  sum over rows of  (w* - q) H (w* - q)^T. E4 to E9 are equations of docs/method.md.
 """
 
 from collections.abc import Callable
