@@ -13,20 +13,9 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (
-    "gptoss_quantize",
-    "kernels",
-    "calibration",
-    "quantize",
-    "eval",
-    "runtimes",
-    "tests",
-    "benchmarks",
-    "scripts",
-)
-SOURCES = [
-    p for folder in (*FOLDERS, *BESIDE) for kind in ("*.py", "*.cpp") for p in sorted((ROOT / folder).rglob(kind))
-]
+OURS = ("gptoss_quantize", "kernels", "calibration", "quantize", "eval", "runtimes")
+FOLDERS = [ROOT / name for name in (*OURS, "tests", "benchmarks", "scripts")]
+SOURCES = [path for folder in FOLDERS for kind in ("*.py", "*.cpp") for path in sorted(folder.rglob(kind))]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 # made beside a checkpoint, or a model's own: not files of this repository
 ELSEWHERE = {"README.md", "report.md"}
