@@ -1,4 +1,4 @@
-"""Weighted first and second moments of an expert's input (E2), added up block by block.
+"""Weighted first and second moments of an expert's input (docs/method.md, E2), added up block by block.
 
     m = sum w x / sum w        H = sum w x x^T / sum w - m m^T        n_eff = (sum w)^2 / sum w^2
     drift = cov(x - x^, x^) = G - H for the asymmetric target

@@ -19,7 +19,7 @@ from gptoss_quantize.kernels import int4, native
 
 @dataclass(slots=True)
 class PackedExperts:
-    """The int4 experts of one layer as stored; see formats.md A2 and `kernels.int4` for the packing."""
+    """The int4 experts of one layer as stored; see docs/checkpoint-format.md and `kernels.int4`."""
 
     w13_packed: torch.Tensor  # int32 [E, 2F, D/8], rows interleaved gate, up
     w13_scale: torch.Tensor  # bfloat16 [E, 2F, D/g]

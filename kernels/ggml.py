@@ -9,7 +9,7 @@ element j + 16 (high nibble). OpenAI's files pair 2j with 2j + 1 instead.
 
 A scale for 64 weights is written into both of its blocks. It must be exact in float16, or the file would hold other
 weights than the checkpoint; `int4.round_scale` makes sure of that when we choose the scale, `float16_scale` for any.
-Source: ggml-common.h and quantize_row_q4_0_ref, dequantize_row_mxfp4 of llama.cpp (formats.md C3).
+Source: ggml-common.h and quantize_row_q4_0_ref, dequantize_row_mxfp4 of llama.cpp.
 """
 
 import torch

@@ -9,7 +9,7 @@ point is 8. Words are int32, eight nibbles each, lowest first.
     AutoAWQ    qweight [C, R/8]  eight outputs in a word, in the order 0 2 4 6 1 3 5 7
     GEMM       qzeros  [G, R/8]  the same order, as it is: 0x88888888;   scales [G, R]
 
-Sources: auto_gptq qlinear_cuda_old.py, autoawq gemm.py and packing_utils.py (formats.md D); tests/goldens has words
+Sources: auto_gptq qlinear_cuda_old.py, autoawq gemm.py and packing_utils.py (0.7.1, 0.2.9); tests/goldens has words
 that both packages packed. R rows (outputs), C columns (inputs), G groups of the inputs.
 """
 

@@ -1,4 +1,4 @@
-"""AWQ for gpt-oss: which scales to fold, and how to fold them exactly (arXiv 2306.00978; algorithms.md section 4).
+"""AWQ for gpt-oss: which scales to fold, and how to fold them exactly (arXiv 2306.00978; docs/method.md, E11, E12).
 
 gate_up: one vector s [D] per layer. The norm weight is divided by it, the columns of every expert's gate_up *and
 of the router* are multiplied by it. The norm weight is rounded to its stored dtype first and s is taken from the

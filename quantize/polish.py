@@ -1,4 +1,4 @@
-"""End-to-end polish (E11): codes frozen, KL(original || quantized) lowered by gradient steps on what is left free.
+"""End-to-end polish (docs/method.md, E10): codes frozen, KL(original || quantized) lowered by gradient steps.
 
 Free are the group scales (int4 only: powers of two do not move), the experts' biases and the norm weights. Everything
 before this step looked at one layer; here the gradient says which errors of a layer the end result notices, and later

@@ -1,7 +1,6 @@
 """What each method is, as data: every step of the stack is a field that can be switched off by itself.
 
-The numbers behind the defaults stand in docs/lab-notes.md; E1-E9 are the equations in the docstrings of
-`quantize.gptq`, `quantize.scales` and `calibration.moments`.
+The numbers behind the defaults stand in docs/lab-notes.md; the steps are E1 to E12 in docs/method.md.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ integers (of int4; other widths have their own least code instead of -8)
 absmax   |w|max / 7.5, what GPTQModel and compressed-tensors write; wastes half of code -8.
 signed   s = -w_absmax / 8 with the sign of the largest weight, so that it lands on code -8 (ggml Q4_0, AutoRound).
 search   for candidates s = +-|w|max * r / 8: round, refit s in closed form, keep the best under an importance
-         per column (the diagonal of the damped Hessian, as in ggml's imatrix).
+         per column (docs/method.md, E6; the diagonal of the damped Hessian, as in ggml's imatrix).
 
 powers, where a scale is a power of two and the codes are E2M1 in halves (`kernels.grids`)
 absmax   the OCP specification's floor rule: the largest weight lands in [4, 8) and saturates above 6.

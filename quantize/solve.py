@@ -63,7 +63,7 @@ def solve(
     """Return the quantized projection of E experts under a recipe; `stats` are None for plain rounding.
 
     With drift in the moments the target is corrected for the quantized input; with a centred recipe the bias
-    becomes b + W m - Q m^ (E3), which makes the mean output exact. `products`: the dtype of those matrix
+    becomes b + W m - Q m^ (docs/method.md, E3): the mean output is exact. `products`: the dtype of those matrix
     products that choose and correct, but are not the result (None: the weights').
 
     On a CPU the batch is divided over threads, each working with single-threaded operations: a column step is too

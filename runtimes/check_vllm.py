@@ -1,12 +1,12 @@
 """vLLM's own weight loader, on a checkpoint: does every expert tensor reach its place?
 
 vLLM skips names it does not know and checks nothing for quantized models, so a file may "load" and leave experts
-uninitialised (formats.md A1). Here its gpt-oss model is built without an engine, every parameter is filled with a
+uninitialised (docs/runtimes.md). Here its gpt-oss model is built without an engine, every parameter is filled with a
 sentinel, its `load_weights` reads the checkpoint, and each expert's parameters are compared with the checkpoint's
 tensors, bit for bit. In a process of its own (vllm_loader.py), since vLLM sets up process-wide state.
 
 And its engine: log-probabilities after prefixes of real text (vllm_engine.py), for each backend of the experts that
-matters, since the one chosen by default on most cards drops the experts' biases (formats.md A2).
+matters, since the one chosen by default on most cards drops the experts' biases (docs/runtimes.md).
 """
 
 import importlib.util

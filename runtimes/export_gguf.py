@@ -9,7 +9,7 @@ Written directly, since llama.cpp's converter would dequantize our experts and i
 
 Experts are stacked [E, rows, columns], gate and up rows taken apart (even, odd). Attention, embedding and head are
 written as stored or as `dense_type`; norms, biases, sinks and the router are F32, which llama.cpp asks for.
-Sources: llama.cpp src/models/openai-moe.cpp and conversion/gpt_oss.py (formats.md C).
+Sources: llama.cpp src/models/openai-moe.cpp and conversion/gpt_oss.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,7 +3,7 @@
 One linear layer per expert and projection, `...mlp.experts.E.{gate_proj,up_proj,down_proj}`, with the codes of the
 checkpoint untouched and its scales in float16. gate_proj holds the even rows of gate_up_proj (the true gate), up_proj
 the odd ones; config.json records that, since readers disagree on it (`imports.py`). No runtime of today loads these
-experts by itself (formats.md A4, B2); the layouts serve loaders of one's own and the importers of other tools.
+experts by itself (docs/runtimes.md); the layouts serve loaders of one's own and the importers of other tools.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,7 +6,7 @@ Known layouts, one linear layer per expert and projection (`experts.E.{gate_proj
     awq     qweight, qzeros, scales             AutoAWQ's GEMM order, AutoRound
     ct      weight_packed, weight_scale, [weight_zero_point, weight_g_idx]    llm-compressor
 
-gate_proj means two things (formats.md B4): the even rows of gate_up_proj, the true gate (llm-compressor, AutoRound),
+gate_proj means one of two (docs/runtimes.md): the even rows of gate_up_proj, the gate (llm-compressor, AutoRound),
 or its first half (GPTQModel). Nothing in the shapes tells them apart; `imports.detect_split` does. `split` says how
 this object reads them: "interleaved" or "halves".
 """

@@ -58,7 +58,7 @@ def weights(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def naive_swiglu(gate: np.ndarray, up: np.ndarray, limit: float = LIMIT, alpha: float = ALPHA) -> np.ndarray:
-    """formats.md B1: clamp(gate, max=limit), clamp(up, +-limit), (up+1) * gate * sigmoid(alpha * gate)."""
+    """docs/method.md: clamp(gate, max=limit), clamp(up, +-limit), (up+1) * gate * sigmoid(alpha * gate)."""
     gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
     return (up + 1) * gate / (1 + np.exp(-alpha * gate))
 

@@ -1,7 +1,8 @@
 """Run one quantization by several gloo ranks, forked from this process; used by test_ranks.py.
 
 Usage: ranks_driver.py MODEL TOKENS OUT SCENARIOS, the last as JSON: a list of {"ranks", "method", "dest", "resume",
-"polish", "lose"}, where "lose" is [rank, layer]: that rank kills itself after that layer. Prints all ranks' messages.
+"polish", "lose", "apart"}, where "lose" is [rank, layer]: that rank kills itself after that layer,
+and "apart" a rank that sees another OUT. Prints all ranks' messages.
 """
 
 import json
@@ -31,7 +32,8 @@ def work(rank: int, port: int, scenario: dict, model: str, ids: list, out: Path)
     tokens = Tokens(ids=torch.tensor(ids), sha256="driver", source="driver", documents=1, separator=None)
     recipe = RECIPES[scenario["method"]]
     job = Job(
-        dest=out / scenario["dest"],
+        # a folder of its own, as on a machine that does not share the file system
+        dest=out / ("elsewhere" if scenario.get("apart") == rank else ".") / scenario["dest"],
         format=scenario.get("format", "int4"),
         group_size=32,
         method=scenario["method"],

@@ -1,8 +1,9 @@
 """The memory budget: what it resolves to, that results do not depend on it, that a resumed run keeps it."""
 
 import json
-import mmap
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,6 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.machine import free_memory
-from gptoss_quantize.quantize import budget as module
 from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.budget import Budget, Spill, needed, resolve, token_arrays
 from gptoss_quantize.quantize.job import Job
@@ -37,6 +37,11 @@ def large():
 
 def found(config, tokens, memory, threads=2):
     return resolve(config, tokens, torch.bfloat16, memory, threads=threads, base=BASE)
+
+
+def free_is(monkeypatch, size):
+    """Let the machine say that so much memory is free."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size, total=64 * GIB))
 
 
 # ---- what it resolves to
@@ -81,7 +86,7 @@ def test_too_little_is_refused_with_what_is_needed(small, monkeypatch):
         InputError, match=r"--memory 2\.00 GiB: one expert .* about 3\.\d+ GiB; give more \(--memory\)"
     ):
         found(small, 131072, 2 * GIB)
-    monkeypatch.setattr(module, "free_memory", lambda: GIB)
+    free_is(monkeypatch, GIB)
     with pytest.raises(InputError, match=r"60% of the free memory, 1\.10 GiB"):
         found(small, 131072, None)
 
@@ -90,7 +95,7 @@ def test_free_memory_heeds_the_control_group(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000000000\n")
     (tmp_path / "memory.current").write_text("4000000000\n")
     (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 300000000\nactive_file 200000000\n")
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("V", (), {"available": 9 * GIB})())
+    free_is(monkeypatch, 9 * GIB)
     # what the system's cache holds of files is given up when it is wanted
     assert free_memory(tmp_path) == 1_500_000_000
     (tmp_path / "memory.max").write_text("max\n")
@@ -128,14 +133,13 @@ def test_dropping_frees_memory(tmp_path):
     assert float(tensor.sum()) == 16 << 20
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_mapped(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.os, "posix_fallocate", full)
-    monkeypatch.setattr(mmap, "mmap", lambda *args: pytest.fail("mapped"))
-    with pytest.raises(InputError, match=r"spill\.bin: .* cannot be taken .*No space left.* --resume"):
+def test_a_disk_without_room_is_refused_before_anything_is_mapped(tmp_path, full_disk):
+    with (
+        full_disk(1 << 16),
+        pytest.raises(InputError, match=r"spill\.bin: .* cannot be taken .*File too large.* --resume"),
+    ):
         Spill(tmp_path, 1 << 20)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,32 +153,35 @@ def quantize(tiny, dest, method="gptq", budget=None, **options):
     )
 
 
+def stop(index: int) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_codes_do_not_depend_on_the_budget(tiny, tmp_path, monkeypatch, method):
-    made = {}
+def test_codes_do_not_depend_on_the_budget(tiny, tmp_path, method):
+    made = []
     for count, states in ((8, "memory"), (3, "memory"), (1, "disk")):
-        given = Budget(bytes=GIB, experts_at_once=count, states=states)
-        monkeypatch.setattr(run_module, "resolve", lambda *args, given=given, **options: given)
-        report = quantize(tiny, tmp_path / f"{count}{states}", method)
-        assert report["memory"] == asdict(given)
-        made[count, states] = tiny.load_all(tmp_path / f"{count}{states}")
-    first = made.pop((8, "memory"))
-    for other in made.values():
+        out, state = tmp_path / f"{count}{states}", tmp_path / f"{count}{states}.partial" / "state.json"
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny, out, method, budget={"on_layer": stop})
+        # a continued run keeps the budget that it was begun with: here another one for what is left
+        given = asdict(Budget(bytes=GIB, experts_at_once=count, states=states))
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"budget": given}))
+        assert quantize(tiny, out, method, resume=True)["memory"] == given
+        made.append(tiny.load_all(out))
+    first, *others = made
+    for other in others:
         assert other.keys() == first.keys()
         assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
 def test_a_resumed_run_keeps_its_budget(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
-
-    def stop(index: int) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny, out, budget={"on_layer": stop})
     stored = json.loads((tmp_path / "out.partial" / "state.json").read_text())["budget"]
     # much less is free now
-    monkeypatch.setattr(module, "free_memory", lambda: 0)
+    free_is(monkeypatch, 0)
     with pytest.raises(InputError, match=r"--memory 0\.00 GiB: one expert of this model"):
         quantize(tiny, out, resume=True, memory=9)
     report = quantize(tiny, out, resume=True)
@@ -182,9 +189,6 @@ def test_a_resumed_run_keeps_its_budget(tiny, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_takes_another_budget_when_it_is_given_one(tiny, tmp_path):
-    def stop(index: int) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny, tmp_path / "out", memory=8 * GIB, budget={"on_layer": stop})
     report = quantize(tiny, tmp_path / "out", resume=True, memory=9 * GIB)

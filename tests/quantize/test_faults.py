@@ -4,7 +4,6 @@ Each test is a row of docs/faults.md; the damage that a checkpoint is refused fo
 tests/root/test_checkpoint.py and test_shards.py, that to an unfinished run in test_output.py.
 """
 
-import errno
 import json
 import os
 import subprocess
@@ -13,15 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.progress import Progress
 
-from gptoss_quantize.api import quantize_model
-from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize import output
 from gptoss_quantize.quantize.job import Job
-from gptoss_quantize.quantize.output import HiddenFile
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
 
@@ -47,7 +42,7 @@ def files(tiny, path):
 
 def test_killed_at_random_moments(tiny, tmp_path):
     # scripts/faults.py with three kills instead of twenty
-    script = [sys.executable, "-P", str(ROOT / "benchmarks" / "faults.py"), str(tmp_path)]
+    script = [sys.executable, "-P", str(ROOT / "scripts" / "faults.py"), str(tmp_path)]
     options = ["--model", str(tiny.path("mxfp4")), "--kills", "3", "--tokens", "512"]
     done = subprocess.run([*script, *options], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
@@ -57,56 +52,53 @@ def test_killed_at_random_moments(tiny, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["faults.json", "killed", "undisturbed"]
 
 
-# what fails, and at which of its calls: shards (outer, then layers), hidden states, state.json and other JSON
-WRITES = {
-    "a layer's shard": ("save_file", 3),
-    "the first shard": ("save_file", 1),
-    "the state": ("json.dump", 2),
-    "the index": ("json.dump", 5),
-    "hidden states": ("os.fsync", 2),
-    "the tokenizer": ("shutil.copyfile", 1),
-}
+def stopped_after(layer):
+    """Return a callback that interrupts a run after a layer."""
+
+    def stop(index: int) -> None:
+        if index == layer:
+            raise KeyboardInterrupt
+
+    return stop
 
 
-@pytest.mark.parametrize(("target", "count"), WRITES.values(), ids=WRITES)
-def test_disk_full_at_any_file(tiny, tmp_path, monkeypatch, undisturbed, target, count):
-    out, tokens = tmp_path / "out", tiny.tokens(8)
-    owner, _, name = target.rpartition(".")
-    module = getattr(output, owner) if owner else output
-    real, calls = getattr(module, name), []
-
-    def full(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, full)
-        with pytest.raises(InputError, match=r"writing failed .*No space left on device.* --resume"):
-            quantize(tiny.path("mxfp4"), out, tokens)
-    assert len(calls) == count
+@pytest.mark.parametrize("place", ["the first shard", "hidden states", "a layer's shard"])
+def test_disk_full(tiny, tmp_path, undisturbed, full_disk, place):
+    # no file may grow beyond what lies between the sizes of these three
+    out, tokens, source = tmp_path / "out", tiny.tokens(8), tiny.path("mxfp4")
+    sizes = [len(data) for name, data in sorted(undisturbed.items()) if name.endswith(".safetensors")]
+    hidden = tokens.tokens * 192 * 4
+    assert sizes[0] + 1000 < hidden < sizes[1] - 1000
+    left, name = {
+        "the first shard": (sizes[0] // 2, "00001-of-00004"),
+        "hidden states": (hidden - 1000, "hidden-0.bin"),
+        "a layer's shard": (sizes[1] - 1000, "00002-of-00004"),
+    }[place]
+    with full_disk(left), pytest.raises(InputError, match=rf"{name}.*writing failed .*File too large.* --resume"):
+        quantize(source, out, tokens)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
-    quantize(tiny.path("mxfp4"), out, tokens, resume=True)
+    quantize(source, out, tokens, resume=True)
     assert files(tiny, out) == undisturbed
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_disk_full_under_hidden_states(tiny, tmp_path, monkeypatch, undisturbed, count):
-    out, tokens, calls = tmp_path / "out", tiny.tokens(8), []
-    place = HiddenFile._place
+# the files of which no size tells them apart: these are led to a device that is always full
+INDEX = "gptoss-int4.safetensors.index.json"
+LED_AWAY = ("state.json.tmp", "hidden-0.bin", "tokenizer.json", f"{INDEX}.tmp", "config.json.tmp")
 
-    def full(self, part):
-        calls.append(1)
-        if len(calls) == count:
-            raise InputError(f"{self.path}: writing failed (No space left on device)")
-        return place(self, part)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(HiddenFile, "_place", full)
-        with pytest.raises(InputError, match="writing failed"):
-            quantize(tiny.path("mxfp4"), out, tokens)
-    quantize(tiny.path("mxfp4"), out, tokens, resume=True)
+@pytest.mark.parametrize("name", LED_AWAY)
+def test_no_space_left_for_a_file(tiny, tmp_path, undisturbed, name):
+    out, tokens, source = tmp_path / "out", tiny.tokens(8), tiny.path("mxfp4")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, tokens, on_layer=stopped_after(0))
+    place = tmp_path / "out.partial" / name
+    place.unlink(missing_ok=True)
+    place.symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"writing failed .*No space left on device.* --resume"):
+        quantize(source, out, tokens, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
+    place.unlink()
+    quantize(source, out, tokens, resume=True)
     assert files(tiny, out) == undisturbed
 
 
@@ -131,55 +123,27 @@ def test_source_that_changes_between_layers(tiny, tmp_path, undisturbed):
     assert files(tiny, out) == undisturbed
 
 
-def test_calibration_text_that_changed(tiny, tmp_path, monkeypatch):
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("\n\n".join(f"Part {i}. " + tiny.text * 3 for i in range(30)))
-    job = Job(dest=out, method="gptq", recipe=RECIPES["gptq"], device="cpu", dtype=torch.float32)
+def test_calibration_text_that_changed(tiny, tmp_path):
+    text, out, source = tmp_path / "text.txt", tmp_path / "out", tiny.path("mxfp4")
+    before = "\n\n".join(f"Part {i}. " + tiny.text * 3 for i in range(30))
 
-    def run(**options) -> None:
-        changed = Job(**{name: getattr(job, name) for name in Job.__slots__} | options)
-        with Progress(disable=True) as bar:
-            quantize_model(
-                str(tiny.path("mxfp4")), TextSpec(source=str(text), tokens=512, seq_len=64), changed, bar=bar
-            )
+    def tokens_of(content: str):
+        text.write_text(content)
+        return load_tokens(TextSpec(source=str(text), tokens=512, seq_len=64), load_tokenizer(source))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(output.Output, "write_shard", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run()
-    (tmp_path / "out.partial").exists()
-    stop = output.Output.save_state
-    with monkeypatch.context() as patch:
-        seen = []
-
-        def save(self):
-            stop(self)
-            seen.append(1)
-            if len(seen) == 2:
-                raise KeyboardInterrupt
-
-        patch.setattr(output.Output, "save_state", save)
-        with pytest.raises(KeyboardInterrupt):
-            run(resume=True)
-    before = text.read_text()
-    text.write_text(before.replace("lighthouse", "harbour"))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, out, tokens_of(before), on_layer=stopped_after(0))
     with pytest.raises(InputError, match=r"cannot resume, the run has changed: calibration was '[0-9a-f]{64}', is"):
-        run(resume=True)
-    text.write_text(before)
-    run(resume=True)
+        quantize(source, out, tokens_of(before.replace("lighthouse", "harbour")), resume=True)
+    quantize(source, out, tokens_of(before), resume=True)
     assert out.is_dir()
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
 def test_hidden_states_that_are_gone(tiny, tmp_path, damage):
     out, tokens = tmp_path / "out", tiny.tokens(8)
-
-    def stop(index: int) -> None:
-        if index == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny.path("mxfp4"), out, tokens, on_layer=stop)
+        quantize(tiny.path("mxfp4"), out, tokens, on_layer=stopped_after(1))
     hidden = tmp_path / "out.partial" / "hidden-0.bin"
     if damage == "deleted":
         hidden.unlink()

@@ -12,7 +12,6 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, from_first, gather_tensors, in_turn, joined
 from gptoss_quantize.quantize.recipes import RECIPES
@@ -29,6 +28,7 @@ SCENARIOS = [
     {"ranks": 3, "method": "rtn", "dest": "fused", "format": "mxfp4"},
     {"ranks": 2, "method": "awq+gptq", "dest": "folded", "dtype": "bfloat16"},
     {"ranks": 2, "method": "gptq", "dest": "polished", "polish": 2},
+    {"ranks": 2, "method": "rtn", "dest": "apart", "apart": 1},
 ]
 
 
@@ -121,7 +121,7 @@ def test_what_rank_0_refuses_is_refused_by_all(ran):
 
 
 def test_nothing_is_left_behind(ran):
-    kept = ["folded", "fused", "lost", "other.partial", "polished", "rounded", "two"]
+    kept = ["apart.partial", "folded", "fused", "lost", "other.partial", "polished", "rounded", "two"]
     assert sorted(p.name for p in ran[0].iterdir()) == kept
 
 
@@ -157,9 +157,8 @@ def test_half_an_environment_is_refused(monkeypatch):
         pass
 
 
-def test_ranks_that_do_not_share_the_folder_are_refused(monkeypatch, tmp_path):
-    answers = iter([["mark", "other"], [None, None], [True, False]])
-    monkeypatch.setattr(run_module, "everyone", lambda ranks, value: next(answers))
-    with pytest.raises(InputError, match=f"rank 1 does not see rank 0's {tmp_path}; .* file system that they share"):
-        run_module._check_shared(tmp_path, Ranks(rank=0, count=2))
-    assert list(tmp_path.iterdir()) == []
+def test_ranks_that_do_not_share_the_folder_are_refused(ran):
+    root, messages = ran
+    wanted = f"rank 1 does not see rank 0's {root / 'apart.partial'}; ranks on several machines need OUT on"
+    assert [wanted in message for message in messages[9]] == [True, True]
+    assert not (root / "apart").exists()

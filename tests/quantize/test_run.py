@@ -1,24 +1,25 @@
 """Whole quantization runs on a tiny model: what is written, interrupted and resumed at any moment, refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GptOssForCausalLM
 
-from gptoss_quantize import __version__, model
+from gptoss_quantize import __version__
 from gptoss_quantize.adapter import Adapter
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import MARK
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.layouts import INT4, dense_shapes, quantization_config
 from gptoss_quantize.machine import pick_device
 from gptoss_quantize.model import hidden_states, logits
-from gptoss_quantize.quantize import output
 from gptoss_quantize.quantize.job import Job
-from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.recipes import RECIPES, override
 from gptoss_quantize.quantize.run import quantize_checkpoint
 
@@ -164,18 +165,19 @@ def test_report(tiny, undisturbed, method):
         assert all({"alpha", "gain"} <= layer["awq"].keys() for layer in report["layers"])
 
 
-def test_token_counts_are_the_models_routing(tiny, undisturbed, monkeypatch):
-    # the same counts from an independent pass of the streamed model
+def test_token_counts_are_the_models_routing(tiny, undisturbed):
+    # transformers' own routers, on the same tokens
+    stock = GptOssForCausalLM.from_pretrained(tiny.path("bf16"), dtype=torch.float32)
     choices = []
-    route = model.router
-    monkeypatch.setattr(model, "router", lambda *args: choices.append(route(*args)) or choices[-1])
-    hidden_states(Checkpoint(tiny.path("bf16")), tiny.tokens().ids)
-    for (index, _), layer in zip(choices, undisturbed("gptq")[1]["layers"], strict=True):
-        counts, total = torch.bincount(index.flatten(), minlength=8), index.numel()
-        moved = (counts - torch.tensor(layer["tokens"])).abs().sum()
-        # products may run in bfloat16 when quantizing, which decides near ties another way
-        assert sum(layer["tokens"]) == total
-        assert int(moved) <= 0.02 * total
+    for block in stock.model.layers:
+        block.mlp.router.register_forward_hook(lambda module, given, out: choices.append(out[-1]))
+    with torch.inference_mode():
+        stock(tiny.tokens().ids)
+    for index, layer in zip(choices, undisturbed("gptq")[1]["layers"], strict=True):
+        counts = torch.bincount(index.flatten(), minlength=8)
+        # sums in another order decide a near tie another way
+        assert sum(layer["tokens"]) == index.numel()
+        assert int((counts - torch.tensor(layer["tokens"])).abs().sum()) <= 0.02 * index.numel()
 
 
 def test_calibrated_methods_are_better(tiny, undisturbed):
@@ -210,71 +212,48 @@ def test_experts_without_tokens_are_reported(tiny, tmp_path):
 # ---- interrupted and resumed
 
 
-def interrupt(monkeypatch, where: str, layer: int):
-    """Let a run die at a given place of a given layer; return the on_layer callback to run it with."""
-
-    def on_layer(index: int) -> None:
-        if where == "after the layer" and index == layer:
-            raise KeyboardInterrupt
-
-    def die_at(owner, name: str, count: int) -> None:
-        method, calls = getattr(owner, name), []
-
-        def dying(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == count:
-                raise KeyboardInterrupt
-            return method(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, dying)
-
-    dying = {
-        "before the state": (Output, "save_state", layer + 2),
-        "before the shard": (Output, "write_shard", layer + 2),
-        "before the first state": (Output, "save_state", 1),
-        "before the rename": (Path, "rename", 1),
-        # once for every state, and once for the report
-        "before the state is gone": (output, "_sync_folder", 5),
-    }
-    if where in dying:
-        die_at(*dying[where])
-    return on_layer
-
-
-PLACES = [
-    ("after the layer", 0),
-    ("after the layer", 2),
-    ("before the state", 0),
-    ("before the state", 1),
-    ("before the shard", 1),
-    ("before the first state", 0),
-    ("before the rename", 0),
-    ("before the state is gone", 0),
-]
+# shares of a run's operations on files: the first, the last, and some between
+MOMENTS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("method", "where", "layer"),
-    [(method, *place) for method in ("rtn", "awq+gptq") for place in PLACES]
-    + [("gptq", *PLACES[3]), ("gptq", *PLACES[0]), ("awq", *PLACES[3])],
+    ("method", "moments"), [("rtn", MOMENTS), ("gptq", MOMENTS[3:6]), ("awq+gptq", MOMENTS[1::2])]
 )
-def test_resumed_run_writes_the_same_bytes(tiny, undisturbed, tmp_path, monkeypatch, method, where, layer):
-    tokens = tiny.tokens() if RECIPES[method].calibrated else None
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        on_layer = interrupt(patch, where, layer)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(tiny.path("bf16"), out, method, tokens=tokens, on_layer=on_layer)
-    assert not out.exists()
+def test_a_killed_run_ends_with_the_same_bytes(tiny, tmp_path, child, method, moments):
+    """Killed with SIGKILL before an operation on a file, wherever it falls, and continued."""
+    tokens = tiny.tokens(4) if RECIPES[method].calibrated else None
+    source, out = tiny.path("bf16"), tmp_path / "out"
+
+    def run(resume: bool) -> None:
+        quantize(source, out, method, tokens=tokens, resume=resume)
+
+    operations = child.run(lambda: run(False))
+    assert operations > 20
+    expected = out.rename(tmp_path / "undisturbed")
+    report = json.loads((expected / "quantization_report.json").read_text())
+    for moment in moments:
+        child.run(lambda: run(False), kill_at=round(moment * (operations - 1)))
+        begun = (tmp_path / "out.partial" / MARK).exists()
+        if not out.exists():
+            # killed before anything of it was on disk, it begins anew
+            child.run(lambda begun=begun: run(begun))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "undisturbed"], moment
+        assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(expected)), moment
+        again = json.loads((out / "quantization_report.json").read_text())
+        assert (again["layers"], again["settings"]) == (report["layers"], report["settings"]), moment
+        shutil.rmtree(out)
+
+
+def test_a_resumed_run_tells_of_all_layers(tiny, tmp_path):
+    def stop(index: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny.path("bf16"), tmp_path / "out", on_layer=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     seen = []
-    report = quantize(tiny.path("bf16"), out, method, tokens=tokens, on_layer=seen.append, resume=True)
+    quantize(tiny.path("bf16"), tmp_path / "out", on_layer=seen.append, resume=True)
     assert seen == [0, 1, 2]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    expected, expected_report = undisturbed(method)
-    assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(expected))
-    assert report["layers"] == expected_report["layers"]
-    assert report["settings"] == expected_report["settings"]
 
 
 def compared(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -282,21 +261,35 @@ def compared(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name != "quantization_report.json"}
 
 
-def test_resume_does_not_repeat_finished_layers(tiny, tmp_path, monkeypatch):
+def spoil(source: Path, shard: str) -> None:
+    """Turn all values of a shard into NaN, under the same name, size and time: to read it again is to be refused."""
+    (path,) = source.glob(f"*-{shard}-of-*.safetensors")
+    stat = path.stat()
+    with path.open("r+b") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(start)
+        file.write(b"\xff" * (stat.st_size - start))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_resume_does_not_read_finished_layers(tiny, tmp_path, method):
+    source, out = tiny.copy("mxfp4", tmp_path / "model"), tmp_path / "out"
+    tokens = tiny.tokens(4) if method == "gptq" else None
+
     def stop(index: int) -> None:
         if index == 1:
             raise KeyboardInterrupt
 
-    out = tmp_path / "out"
+    quantize(source, tmp_path / "undisturbed", method, tokens=tokens)
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny.path("bf16"), out, "rtn", on_layer=stop)
-    read = []
-    expert = Checkpoint.expert
-    monkeypatch.setattr(
-        Checkpoint, "expert", lambda self, layer, e: read.append((layer, e)) or expert(self, layer, e)
-    )
-    quantize(tiny.path("bf16"), out, "rtn", resume=True)
-    assert read == [(2, e) for e in range(8)]
+        quantize(source, out, method, tokens=tokens, on_layer=stop)
+    for shard in ("00002", "00003"):
+        spoil(source, shard)
+    quantize(source, out, method, tokens=tokens, resume=True)
+    assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(tmp_path / "undisturbed"))
+    # and it would have been noticed
+    refused(lambda: quantize(source, tmp_path / "again", method, tokens=tokens), "layers.0", "holds 255")
 
 
 def test_resumed_twice(tiny, undisturbed, tmp_path):
@@ -330,26 +323,25 @@ def test_same_bytes_every_time(tiny, undisturbed, tmp_path):
 # ---- overwrite
 
 
-def test_overwrite(tiny, undisturbed, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_overwrite(tiny, undisturbed, tmp_path):
+    out, source = tmp_path / "out", tiny.copy("mxfp4", tmp_path / "model")
     shutil.copytree(undisturbed("rtn")[0], out)
     before = tiny.snapshot(tmp_path)
-    refused(lambda: quantize(tiny.path("bf16"), out), str(out), "already exists", "--overwrite")
-    refused(lambda: quantize(tiny.path("bf16"), out, resume=True), str(out), "already exists")
+    refused(lambda: quantize(source, out), str(out), "already exists", "--overwrite")
+    refused(lambda: quantize(source, out, resume=True), "out.partial", "nothing to resume", "without --resume")
+    assert tiny.snapshot(tmp_path) == before
 
     def stop(index: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny.path("bf16"), out, "rtn-signed", overwrite=True, on_layer=stop)
+        quantize(source, out, "rtn-signed", overwrite=True, on_layer=stop)
     # the old one stands until the new one is whole
-    assert tiny.snapshot(out) == {name.removeprefix("out/"): data for name, data in before.items()}
-    # an interrupted run that was to replace it still is
-    read, expert = [], Checkpoint.expert
-    monkeypatch.setattr(Checkpoint, "expert", lambda self, layer, e: read.append(layer) or expert(self, layer, e))
-    quantize(tiny.path("bf16"), out, "rtn-signed", resume=True)
-    assert set(read) == {1, 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert tiny.snapshot(out) == tiny.snapshot(undisturbed("rtn")[0])
+    # an interrupted run that was to replace it still is, and goes on where it was
+    spoil(source, "00002")
+    quantize(source, out, "rtn-signed", resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
     assert json.loads((out / "config.json").read_text())["gptoss_quantize"]["method"] == "rtn-signed"
 
 
@@ -371,7 +363,7 @@ def test_overwrite_of_the_model_itself(tiny, tmp_path):
     (path / "quantization_report.json").write_text("{}")
     before = tiny.snapshot(tmp_path)
     for out in (path, tmp_path):
-        refused(lambda out=out: quantize(path, out, overwrite=True), f"{out}: holds the source", "choose another")
+        refused(lambda out=out: quantize(path, out, overwrite=True), f"{out}: holds the input", "choose another")
     assert tiny.snapshot(tmp_path) == before
 
 

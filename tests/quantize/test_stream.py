@@ -1,9 +1,11 @@
 """Experts read ahead: all of them, in order, one chunk ahead, with the reader's refusals raised where they belong."""
 
-import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptoss_quantize.architectures import gptoss_config
 from gptoss_quantize.checkpoint import Checkpoint
@@ -39,33 +41,34 @@ def test_the_same_experts_in_order(tiny, kind, at_once):
     assert list(stream_experts(source, 1, [], CPU)) == []
 
 
-def test_one_chunk_is_read_ahead_and_no_more(tiny, monkeypatch):
-    read, main = [], threading.get_ident()
-    expert = Checkpoint.expert
-
-    def noted(self, layer, e):
-        assert threading.get_ident() != main
-        read.append(e)
-        return expert(self, layer, e)
-
-    monkeypatch.setattr(Checkpoint, "expert", noted)
-    for part, _ in stream_experts(Checkpoint(tiny.path("bf16")), 0, chunks(range(8), 2), CPU):
-        assert read[: part.stop] == list(range(part.stop))
-        assert len(read) <= part.stop + 2
+def bytes_read() -> int:
+    """Return how many bytes this process has asked files for."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def test_what_the_reader_refuses_is_raised(tiny, monkeypatch):
-    def refuse(self, layer, e):
-        if e == 2:
-            raise InputError("damaged")
-        return None
+def test_one_chunk_is_read_ahead_and_no_more(tiny):
+    source = Checkpoint(tiny.path("bf16"))
+    config = source.config
+    expert = 2 * (2 * config.intermediate * (config.hidden + 1) + config.hidden * (config.intermediate + 1))
+    start = bytes_read()
+    for part, _ in stream_experts(source, 0, chunks(range(8), 2), CPU):
+        wanted, end = min(8, part.stop + 2) * expert, time.monotonic() + 10
+        while bytes_read() - start < wanted and time.monotonic() < end:
+            time.sleep(0.001)
+        # the reader has had time for a third chunk, had it wanted one
+        time.sleep(0.02)
+        assert wanted <= bytes_read() - start < wanted + expert
 
-    monkeypatch.setattr(Checkpoint, "expert", refuse)
-    monkeypatch.setattr("gptoss_quantize.quantize.stream._each", lambda expert, change: expert)
-    stream = stream_experts(Checkpoint(tiny.path("bf16")), 0, chunks(range(4), 1), CPU)
+
+def test_what_the_reader_refuses_is_raised_where_it_belongs(tiny, tmp_path):
+    path = tiny.copy("float32", tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.down_proj"][2, 7, 11] = float("nan")
+    save_file(tensors, path / "model.safetensors")
+    stream = stream_experts(Checkpoint(path), 0, chunks(range(4), 1), CPU)
     assert next(stream)[0] == range(1)
     assert next(stream)[0] == range(1, 2)
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"down_proj\[2\] holds 1 NaN"):
         next(stream)
 
 

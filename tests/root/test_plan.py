@@ -13,8 +13,8 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.cli_sizes import print_plan
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.job import Job
+from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.shards import DTYPES
 from gptoss_quantize.sizes import (
