@@ -104,10 +104,13 @@ class Layout:
         """Return the stored name of a projection, "gate_up" or "down"."""
         return self.stems[PARTS.index(part)]
 
+    def inner(self, expert: int, part: str) -> str:
+        """Return what the names of one expert's projection begin with inside a layer."""
+        return "mlp.experts." + (self.stem(part) if self.fused else f"{expert}.{self.stem(part)}")
+
     def base(self, layer: int, expert: int, part: str) -> str:
         """Return what the full names of one expert's projection begin with."""
-        inner = self.stem(part) if self.fused else f"{expert}.{self.stem(part)}"
-        return f"model.layers.{layer}.mlp.experts.{inner}"
+        return f"model.layers.{layer}.{self.inner(expert, part)}"
 
     def stored(self, config: ModelConfig, group_size: int, experts: int | None = None) -> Stored:
         """Return name below `mlp.experts.` -> (shape, allowed dtypes) of every expert tensor of a layer."""
@@ -151,7 +154,7 @@ class Layout:
         if self.store is None:
             raise ValueError(f"experts are not written as {self.name}")
         expert, experts = place
-        base = "mlp.experts." + (self.stem(part) if self.fused else f"{expert}.{self.stem(part)}")
+        base = self.inner(expert, part)
         parts = self.store(codes_RC, scale_RG) | {"_bias": bias_R.to(torch.bfloat16)}
         for suffix, tensor in parts.items():
             if not self.fused:
