@@ -57,8 +57,8 @@ CONFIGS = {
     "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=128),
     "direct-16": Config("direct", Tile(32, 4, 4), Tile(32, 4, 4), block_m=16),
     "sorted-16": Config("sorted", Tile(32, 4, 4), Tile(64, 4, 4), block_m=16),
-    "sorted-64": Config("sorted", Tile(64, 4, 3), Tile(128, 4, 3), block_m=64),
-    "sorted-128": Config("sorted", Tile(64, 8, 3), Tile(128, 8, 3), block_m=128),
+    "sorted-64": Config("sorted", Tile(32, 4, 3), Tile(64, 4, 3), block_m=64),
+    "sorted-128": Config("sorted", Tile(64, 8, 3), Tile(64, 8, 3), block_m=128),
     "float32-direct": Config("direct", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
     "float32-sorted": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=32),
 }
@@ -146,6 +146,8 @@ def experts_triton(  # noqa: PLR0913  the operator's signature: every tensor is 
         raise RuntimeError(f"experts_triton: {why}")
     weights = (w13_packed, w13_scale, w13_bias, w2_packed, w2_scale, w2_bias)
     _check(x_TD, index_TK, prob_TK, weights)
+    if index_TK.shape[1] * MAX_TOKENS * w13_scale.shape[1] >= 2**32 or x_TD.shape[1] * MAX_TOKENS >= 2**31:
+        raise ValueError(f"experts_triton: {MAX_TOKENS} tokens of this size need more than 2^31 scratch values")
     name = choose(min(x_TD.shape[0], MAX_TOKENS), index_TK.shape[1], w13_packed.shape[0], x_TD.dtype)
     if x_TD.shape[0] <= MAX_TOKENS:
         return run(CONFIGS[name], x_TD, index_TK, prob_TK, weights, (limit, alpha))

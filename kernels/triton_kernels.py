@@ -5,7 +5,8 @@ Two ways to multiply:
   blocks  one program per (tile of tokens of one expert, tile of output rows), on the matrix cores (`tl.dot`).
 A step along the inner dimension is one quantization group, so that the codes -8..7, exact in every dtype, are
 multiplied as they are and the group's scale is applied to its float32 sum. Sizes are multiples of the group: no mask
-is needed along the inner dimension. Rows beyond the end are clamped to the last one and not stored.
+is needed along the inner dimension. Rows beyond the end are clamped to the last one and not stored. Offsets inside
+an expert, x or scratch are 32-bit: `experts_triton` sees to it that they fit.
 
 COMPUTE is the dtype of the operands of `tl.dot`. It must be float32 in the interpreter, whose bfloat16 dot
 multiplies raw bits.
@@ -79,7 +80,10 @@ def gate_up_pairs(
     if (expert < 0) | (expert >= E):
         return
     feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row = expert * (2 * F) + 2 * tl.minimum(feature, F - 1)
+    row = 2 * tl.minimum(feature, F - 1)
+    word_ptr += expert * (2 * F * D // 8)
+    scale_ptr += expert * (2 * F * D // GROUP)
+    bias_ptr += expert * (2 * F)
     gate = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
     up = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
     W: tl.constexpr = D // 8
@@ -114,20 +118,22 @@ def down_pairs(
     """Write ROWS columns of one token, its choices added in their order; grid (T, cdiv(D, ROWS))."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(column, D - 1)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     W: tl.constexpr = F // 8
     for choice in range(K):
         pair = token * K + choice
         expert = tl.load(index_ptr + pair).to(tl.int64)
         if (expert >= 0) & (expert < E):
-            row = expert * D + tl.minimum(column, D - 1)
+            words = word_ptr + expert * (D * F // 8)
+            scales = scale_ptr + expert * (D * F // GROUP)
             acc = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
             for start in tl.static_range(0, W, BLOCK_W):
                 word = start + tl.arange(0, BLOCK_W)
                 inside = word < W
                 act = _words_of(act_ptr + pair * F, word, inside)
-                acc = _gemv(acc, word_ptr, scale_ptr, row, act, word, inside, W, GROUP)
-            y = tl.sum(acc, axis=1) + tl.load(bias_ptr + row).to(tl.float32)
+                acc = _gemv(acc, words, scales, row, act, word, inside, W, GROUP)
+            y = tl.sum(acc, axis=1) + tl.load(bias_ptr + expert * D + row).to(tl.float32)
             total += y * tl.load(prob_ptr + pair).to(tl.float32)
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=column < D)
 
@@ -160,12 +166,12 @@ def _rows(
         first = tl.load(block_ptr + block * 3 + 1)
         last = tl.load(block_ptr + block * 3 + 2)
         mine = first + lane < last
-        pair = tl.load(order_ptr + first + lane, mask=mine, other=0).to(tl.int64)
+        pair = tl.load(order_ptr + first + lane, mask=mine, other=0)
         return expert, pair, mine
     expert = block.to(tl.int64)
-    pair = tl.minimum(lane, tokens - 1).to(tl.int64) * K
+    pair = tl.minimum(lane, tokens - 1) * K
     mine = lane < 0
-    slot = tl.zeros((BLOCK_M,), dtype=tl.int64)
+    slot = tl.zeros((BLOCK_M,), dtype=tl.int32)
     for choice in tl.static_range(K):
         hit = (tl.load(index_ptr + pair + choice).to(tl.int64) == expert) & (lane < tokens)
         slot = tl.where(hit & (mine == 0), choice, slot)
@@ -215,16 +221,18 @@ def gate_up_blocks(
     if tl.sum(mine.to(tl.int32), axis=0) == 0:
         return
     feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row = expert * (2 * F) + 2 * tl.minimum(feature, F - 1)
-    lane = tl.arange(0, GROUP)
-    x_at = x_ptr + (pair // K * D)[:, None] + lane[None, :]
-    word_at = word_ptr + row[:, None] * (D // 8) + tl.arange(0, GROUP // 8)[None, :]
-    scale_at = scale_ptr + row * (D // GROUP)
+    row = 2 * tl.minimum(feature, F - 1)
+    x_at = (pair // K * D)[:, None] + tl.arange(0, GROUP)[None, :]
+    word_at = row[:, None] * (D // 8) + tl.arange(0, GROUP // 8)[None, :]
+    scale_at = row * (D // GROUP)
+    word_ptr += expert * (2 * F * D // 8)
+    scale_ptr += expert * (2 * F * D // GROUP)
+    bias_ptr += expert * (2 * F)
     gate = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     for group in range(D // GROUP):
-        x = tl.load(x_at + group * GROUP).to(COMPUTE)
-        gate_word, gate_scale = word_at + group * (GROUP // 8), scale_at + group
+        x = tl.load(x_ptr + group * GROUP + x_at).to(COMPUTE)
+        gate_word, gate_scale = word_ptr + group * (GROUP // 8) + word_at, scale_ptr + group + scale_at
         gate = _multiply(gate, x, gate_word, gate_scale, ROWS, GROUP, COMPUTE, SCALE_FIRST)
         up_word, up_scale = gate_word + D // 8, gate_scale + D // GROUP
         up = _multiply(up, x, up_word, up_scale, ROWS, GROUP, COMPUTE, SCALE_FIRST)
@@ -259,14 +267,17 @@ def down_blocks(
     if tl.sum(mine.to(tl.int32), axis=0) == 0:
         return
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row = expert * D + tl.minimum(column, D - 1)
-    act_at = act_ptr + (pair * F)[:, None] + tl.arange(0, GROUP)[None, :]
-    word_at = word_ptr + row[:, None] * (F // 8) + tl.arange(0, GROUP // 8)[None, :]
-    scale_at = scale_ptr + row * (F // GROUP)
+    row = tl.minimum(column, D - 1)
+    act_at = (pair * F)[:, None] + tl.arange(0, GROUP)[None, :]
+    word_at = row[:, None] * (F // 8) + tl.arange(0, GROUP // 8)[None, :]
+    scale_at = row * (F // GROUP)
+    word_ptr += expert * (D * F // 8)
+    scale_ptr += expert * (D * F // GROUP)
+    bias_ptr += expert * D
     acc = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     for group in range(F // GROUP):
-        act = tl.load(act_at + group * GROUP).to(COMPUTE)
-        words, scales = word_at + group * (GROUP // 8), scale_at + group
+        act = tl.load(act_ptr + group * GROUP + act_at).to(COMPUTE)
+        words, scales = word_ptr + group * (GROUP // 8) + word_at, scale_ptr + group + scale_at
         acc = _multiply(acc, act, words, scales, ROWS, GROUP, COMPUTE, SCALE_FIRST)
     acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     _store(y_ptr, acc, pair, mine, column, D, index_ptr, expert, K, SORTED)
