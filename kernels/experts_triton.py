@@ -146,7 +146,7 @@ def experts_triton(  # noqa: PLR0913  the operator's signature: every tensor is 
         raise RuntimeError(f"experts_triton: {why}")
     weights = (w13_packed, w13_scale, w13_bias, w2_packed, w2_scale, w2_bias)
     _check(x_TD, index_TK, prob_TK, weights)
-    if index_TK.shape[1] * MAX_TOKENS * w13_scale.shape[1] >= 2**32 or x_TD.shape[1] * MAX_TOKENS >= 2**31:
+    if index_TK.shape[1] * MAX_TOKENS * max(w13_scale.shape[1] // 2, x_TD.shape[1]) >= 2**31:
         raise ValueError(f"experts_triton: {MAX_TOKENS} tokens of this size need more than 2^31 scratch values")
     name = choose(min(x_TD.shape[0], MAX_TOKENS), index_TK.shape[1], w13_packed.shape[0], x_TD.dtype)
     if x_TD.shape[0] <= MAX_TOKENS:
