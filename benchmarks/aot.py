@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gptoss_quantize.kernels import triton_kernels
-from gptoss_quantize.kernels.experts_triton import CONFIGS, FP_FUSION, SUM_COLUMNS, Config, Tile
+from gptoss_quantize.kernels.experts_triton import CONFIGS, CONFIGS_AMD, FP_FUSION, SUM_COLUMNS, Config, Tile
 
 CUDA = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 120)}
 HIP = {name: GPUTarget("hip", name, 32) for name in ("gfx1100", "gfx1201")}
@@ -107,18 +107,19 @@ def compile_one(kernel: Any, constants: dict[str, Any], tile: Tile, act: str, dt
 
 def rows(archs: list[str], groups: list[int], dtypes: list[str], names: list[str]) -> list[dict[str, Any]]:
     """Return a row for every kernel, configuration, dtype, group and architecture."""
-    jobs: list[tuple[str, str, int, Any]] = []
+    jobs: list[tuple[str, str, int, Any, str]] = []
     for dtype in dtypes:
         for group in groups:
             for name in names:
-                if name.startswith("float32") != (dtype == "float32") and CONFIGS[name].path != "pairs":
-                    continue
-                jobs += [(name, dtype, group, job) for job in launches(CONFIGS[name], dtype, group)]
+                if name == "pairs" or name.startswith("float32") == (dtype == "float32"):
+                    for arch in archs:
+                        config = (CONFIGS if arch in CUDA else CONFIGS_AMD)[name]
+                        jobs += [(name, dtype, group, job, arch) for job in launches(config, dtype, group)]
         size = {"D": HIDDEN, "E": EXPERTS, "K": CHOICES, "COLUMNS": SUM_COLUMNS}
-        jobs.append(("all but pairs", dtype, 0, (triton_kernels.sum_choices, size, Tile(0, 4), SHORT[dtype])))
+        last = (triton_kernels.sum_choices, size, Tile(0, 4), SHORT[dtype])
+        jobs += [("all but pairs", dtype, 0, last, arch) for arch in archs]
     out = []
-    for name, dtype, group, (kernel, constants, tile, act) in jobs:
-        for arch in archs:
+    for name, dtype, group, (kernel, constants, tile, act), arch in jobs:
             row = {"config": name, "kernel": kernel.__name__, "dtype": dtype, "group": group, "arch": arch}
             out.append(row | compile_one(kernel, constants, tile, act, dtype, arch))
     return out

@@ -77,7 +77,7 @@ def routed(tokens: int, choices: int, sizes: tuple[int, int, int], dtype: torch.
 
 def fits(config: et.Config, tokens: int, dtype: torch.dtype) -> bool:
     """Return whether a configuration is for so many tokens of a dtype."""
-    name = next(name for name, known in et.CONFIGS.items() if known is config)
+    name = next(name for name, known in et.table().items() if known is config)
     typed = config.path == "pairs" or name.startswith("float32") == (dtype == torch.float32)
     return typed and tokens <= {"pairs": 8, "direct": config.block_m, "sorted": 10**9}[config.path]
 
@@ -102,7 +102,7 @@ def captured(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, to
 
 def check(name: str, inputs: Inputs, weights: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> dict[str, Any]:
     """Return the error of a configuration, whether three runs agree in every bit, and a graph with other inputs."""
-    config = et.CONFIGS[name]
+    config = et.table()[name]
     runs = [et.run(config, *inputs, weights, CLAMP) for _ in range(3)]
     held = tuple(tensor.clone() for tensor in inputs)
     held[0].zero_()
@@ -131,7 +131,7 @@ def correctness(sizes: tuple[int, int, int], choices: int, counts: list[int]) ->
             packed = PackedExperts(*weights)
             wanted = experts_torch(inputs[0].double(), inputs[1], inputs[2].double(), packed, *CLAMP)
             plain = error(experts_torch(*inputs, packed, *CLAMP), wanted)
-            for name, config in et.CONFIGS.items():
+            for name, config in et.table().items():
                 if not fits(config, tokens, dtype):
                     continue
                 row = {"group": group, "dtype": str(dtype)[6:], "tokens": tokens, "config": name, "plain": plain}
@@ -224,7 +224,7 @@ def timing(sizes: tuple[int, int, int], choices: int, counts: list[int]) -> list
             row["bf16 grouped_mm ms"] = bench(lambda: bf16_grouped(*inputs, full))  # noqa: B023
         except (RuntimeError, AttributeError) as problem:
             row["bf16 grouped_mm ms"] = f"none: {str(problem)[:80]}"
-        for name, config in et.CONFIGS.items():
+        for name, config in et.table().items():
             if fits(config, tokens, torch.bfloat16):
                 row[f"{name} ms"] = bench(lambda: et.run(config, *inputs, weights, CLAMP), rep=50)  # noqa: B023
         rows.append(row)
@@ -243,7 +243,7 @@ def candidates(tokens: int) -> Iterator[tuple[et.Config, list[et.Tile]]]:
             )
     if tokens <= 16:
         yield (
-            replace(et.CONFIGS["direct-16"]),
+            replace(et.table()["direct-16"]),
             [tile(rows, warps, stages) for rows in (16, 32, 64) for warps in (2, 4) for stages in (3, 5)],
         )
     if tokens > 16:

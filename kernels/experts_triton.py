@@ -52,15 +52,25 @@ class Config:
     scale_first: bool = False  # multiply rounded weights, as plain bfloat16 does, not exact codes
 
 
-# The fixed table, see `choose`. All of it is compiled ahead of time for seven architectures by `make aot`.
+# The fixed tables, see `choose`. All of them are compiled ahead of time for seven architectures by `make aot`.
 CONFIGS = {
-    "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=128),
+    "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=64),
     "direct-16": Config("direct", Tile(32, 4, 4), Tile(32, 4, 4), block_m=16),
     "sorted-16": Config("sorted", Tile(32, 4, 4), Tile(64, 4, 4), block_m=16),
     "sorted-64": Config("sorted", Tile(32, 4, 3), Tile(64, 4, 3), block_m=64),
-    "sorted-128": Config("sorted", Tile(64, 8, 3), Tile(64, 8, 3), block_m=128),
+    "sorted-128": Config("sorted", Tile(32, 8, 3), Tile(64, 8, 3), block_m=128),
     "float32-direct": Config("direct", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
     "float32-sorted": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=32),
+}
+# AMD: stages are held in registers there
+CONFIGS_AMD = {
+    "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=64),
+    "direct-16": Config("direct", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
+    "sorted-16": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
+    "sorted-64": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=64),
+    "sorted-128": Config("sorted", Tile(32, 8, 2), Tile(32, 8, 2), block_m=128),
+    "float32-direct": Config("direct", Tile(16, 4, 1), Tile(16, 4, 1), block_m=16),
+    "float32-sorted": Config("sorted", Tile(16, 4, 1), Tile(32, 4, 1), block_m=32),
 }
 
 
@@ -84,6 +94,11 @@ def choose(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> str:
         return "float32-sorted"
     share = tokens * choices / experts
     return "sorted-16" if share <= 16 else "sorted-64" if share <= 96 else "sorted-128"
+
+
+def table() -> dict[str, Config]:
+    """Return the configurations of this machine's kind of card."""
+    return CONFIGS_AMD if torch.version.hip else CONFIGS
 
 
 def problem() -> str:
@@ -148,11 +163,11 @@ def experts_triton(  # noqa: PLR0913  the operator's signature: every tensor is 
     _check(x_TD, index_TK, prob_TK, weights)
     if index_TK.shape[1] * MAX_TOKENS * max(w13_scale.shape[1] // 2, x_TD.shape[1]) >= 2**31:
         raise ValueError(f"experts_triton: {MAX_TOKENS} tokens of this size need more than 2^31 scratch values")
-    name = choose(min(x_TD.shape[0], MAX_TOKENS), index_TK.shape[1], w13_packed.shape[0], x_TD.dtype)
+    config = table()[choose(min(x_TD.shape[0], MAX_TOKENS), index_TK.shape[1], w13_packed.shape[0], x_TD.dtype)]
     if x_TD.shape[0] <= MAX_TOKENS:
-        return run(CONFIGS[name], x_TD, index_TK, prob_TK, weights, (limit, alpha))
+        return run(config, x_TD, index_TK, prob_TK, weights, (limit, alpha))
     parts = zip(x_TD.split(MAX_TOKENS), index_TK.split(MAX_TOKENS), prob_TK.split(MAX_TOKENS), strict=True)
-    return torch.cat([run(CONFIGS[name], *part, weights, (limit, alpha)) for part in parts])
+    return torch.cat([run(config, *part, weights, (limit, alpha)) for part in parts])
 
 
 def run(

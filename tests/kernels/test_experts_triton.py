@@ -94,6 +94,7 @@ def test_choose_by_size() -> None:
     assert names(1, 2, 3, 16) == ["pairs", "pairs", "direct-16", "direct-16"]
     assert names(17, 128, 129, 768, 769, 8192) == ["sorted-16"] * 2 + ["sorted-64"] * 2 + ["sorted-128"] * 2
     assert names(1, 3, 17, dtype=torch.float32) == ["pairs", "float32-direct", "float32-sorted"]
+    assert et.CONFIGS.keys() == et.CONFIGS_AMD.keys()
     assert {et.CONFIGS[name].block_m >= 16 for name in names(3, 16)} == {True}
 
 
