@@ -78,7 +78,9 @@ def cuda_facts(compiled: Any, log: str) -> dict[str, int]:
     """Return registers, spilled bytes and matrix instructions: what ptxas said to triton, and the PTX."""
     used, spills = re.search(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     assert used and spills, f"no report of ptxas: {log!r}"
-    matrix = re.findall(r"^\s*(?:@\S+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"], re.MULTILINE)
+    matrix = re.findall(
+        r"^\s*(?:@\S+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"], re.MULTILINE
+    )
     return {"registers": int(used[1]), "spills": sum(map(int, spills)), "matrix": len(matrix)}
 
 
@@ -96,7 +98,9 @@ def hip_facts(compiled: Any) -> dict[str, int]:
     return {"registers": field("vgpr_count"), "spills": spills, "matrix": matrix}
 
 
-def compile_one(kernel: Any, constants: dict[str, Any], tile: Tile, act: str, dtype: str, arch: str) -> dict[str, Any]:
+def compile_one(
+    kernel: Any, constants: dict[str, Any], tile: Tile, act: str, dtype: str, arch: str
+) -> dict[str, Any]:
     """Return the facts of one kernel for one architecture."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": FP_FUSION}
     with redirect_stdout(io.StringIO()) as log:
@@ -120,8 +124,8 @@ def rows(archs: list[str], groups: list[int], dtypes: list[str], names: list[str
         jobs += [("all but pairs", dtype, 0, last, arch) for arch in archs]
     out = []
     for name, dtype, group, (kernel, constants, tile, act), arch in jobs:
-            row = {"config": name, "kernel": kernel.__name__, "dtype": dtype, "group": group, "arch": arch}
-            out.append(row | compile_one(kernel, constants, tile, act, dtype, arch))
+        row = {"config": name, "kernel": kernel.__name__, "dtype": dtype, "group": group, "arch": arch}
+        out.append(row | compile_one(kernel, constants, tile, act, dtype, arch))
     return out
 
 

@@ -50,7 +50,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def layer(sizes: tuple[int, int, int], group: int) -> tuple[torch.Tensor, ...]:
-    """Return random packed experts (E, D, F) on the card whose pre-activations reach the clamps; scales of any sign."""
+    """Return random packed experts (E, D, F) on the card: the clamps bind, scales have both signs."""
     (experts, hidden, inner), made = sizes, []
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -156,7 +156,9 @@ def _activated(pre: torch.Tensor) -> torch.Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * CLAMP[1])
 
 
-def bf16_loop(x: torch.Tensor, index: torch.Tensor, prob: torch.Tensor, full: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def bf16_loop(
+    x: torch.Tensor, index: torch.Tensor, prob: torch.Tensor, full: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
     """Return the block by a loop over the experts hit, as transformers' eager module has it."""
     out = torch.zeros_like(x)
     for expert in torch.unique(index).tolist():
@@ -322,7 +324,9 @@ def main() -> int:
         record[f"{name} seconds"] = round(time.monotonic() - start, 1)
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
     wrong = [row for row in record["correctness"] if not row["ok"]]
-    print(f"{record['card']}: copy {record['copy GB/s']:.0f} GB/s; {len(record['correctness'])} checks, wrong: {wrong}")
+    print(
+        f"{record['card']}: copy {record['copy GB/s']:.0f} GB/s; {len(record['correctness'])} checks, wrong: {wrong}"
+    )
     return 1 if wrong else 0
 
 

@@ -178,7 +178,7 @@ def run(
     weights: tuple[torch.Tensor, ...],
     clamp: tuple[float, float],
 ) -> torch.Tensor:
-    """Return the block output by one configuration; arguments as checked by `experts_triton`, clamp (limit, alpha)."""
+    """Return the block output by one configuration: arguments that `_check` lets through, clamp (limit, alpha)."""
     x_TD, index_TK, prob_TK = x_TD.contiguous(), index_TK.contiguous(), prob_TK.contiguous()
     out_TD = torch.empty_like(x_TD)
     if x_TD.shape[0] == 0:
@@ -275,11 +275,11 @@ def _check(
     tokens, hidden = x_TD.shape
     if index_TK.shape != prob_TK.shape or index_TK.dim() != 2 or index_TK.shape[0] != tokens:
         raise ValueError(
-            f"experts_triton: index {tuple(index_TK.shape)} and prob {tuple(prob_TK.shape)}, expected both [{tokens}, K]"
+            f"experts_triton: index is {tuple(index_TK.shape)}, prob {tuple(prob_TK.shape)}, expected both [{tokens}, K]"
         )
     if index_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"experts_triton: index is {index_TK.dtype}, expected int32 or int64")
-    w13_packed, w13_scale, _, _, w2_scale, _ = weights
+    w13_packed, w13_scale = weights[:2]
     experts, rows = w13_packed.shape[:2]
     group = hidden // w13_scale.shape[-1]
     if group not in (32, 64) or hidden % group or rows % 2 or rows // 2 % group:
@@ -298,4 +298,6 @@ def _check(
                 f"expected contiguous {(experts, *shape)} on {x_TD.device}"
             )
         if (tensor.dtype == torch.int32) != name.endswith("packed") or tensor.dtype == torch.float64:
-            raise ValueError(f"experts_triton: {name} is {tensor.dtype}, expected int32 words or 16- or 32-bit floats")
+            raise ValueError(
+                f"experts_triton: {name} is {tensor.dtype}, expected int32 words or 16- or 32-bit floats"
+            )

@@ -14,6 +14,8 @@ multiplies raw bits.
 Shapes: T tokens, K choices per token, N = T K pairs, D hidden, F intermediate, E experts, W = 8-code words of a row.
 """
 
+# ruff: noqa: PLR0913  a kernel has an argument for each tensor and size
+
 import torch
 import triton
 import triton.language as tl
@@ -140,7 +142,14 @@ def down_pairs(
 
 @triton.jit
 def _multiply(
-    acc, x, word_ptr, scale_ptr, R: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr, SCALE_FIRST: tl.constexpr
+    acc,
+    x,
+    word_ptr,
+    scale_ptr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
 ):
     """Return acc [M, R] plus x [M, GROUP] times one group of R rows."""
     codes = tl.reshape(_codes(tl.load(word_ptr)), (R, GROUP))
@@ -152,9 +161,7 @@ def _multiply(
 
 
 @triton.jit
-def _rows(
-    index_ptr, order_ptr, block_ptr, tokens, BLOCK_M: tl.constexpr, K: tl.constexpr, SORTED: tl.constexpr
-):
+def _rows(index_ptr, order_ptr, block_ptr, tokens, BLOCK_M: tl.constexpr, K: tl.constexpr, SORTED: tl.constexpr):
     """Return (expert, pair [BLOCK_M], whether it is one of the expert's [BLOCK_M]) of this program.
 
     Sorted: from the table of `block_table`. Else the program of expert e looks at all (at most BLOCK_M) tokens.
@@ -180,7 +187,9 @@ def _rows(
 
 
 @triton.jit
-def _store(ptr, value, pair, mine, column, WIDTH: tl.constexpr, index_ptr, expert, K: tl.constexpr, SORTED: tl.constexpr):
+def _store(
+    ptr, value, pair, mine, column, WIDTH: tl.constexpr, index_ptr, expert, K: tl.constexpr, SORTED: tl.constexpr
+):
     """Store value [BLOCK_M, R] in the rows of its pairs: without sorting, of every choice of this expert."""
     value = value.to(ptr.dtype.element_ty)
     inside = (column < WIDTH)[None, :]

@@ -1,4 +1,4 @@
-"""The Triton experts: the interpreted kernels (triton_interpreted.py), routing, refusals, compilation ahead of time."""
+"""The Triton experts: interpreted kernels (triton_interpreted.py), routing, refusals, ahead-of-time compilation."""
 
 import os
 import subprocess
