@@ -62,15 +62,15 @@ CONFIGS = {
     "float32-direct": Config("direct", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
     "float32-sorted": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=32),
 }
-# AMD: stages are held in registers there
+# AMD: a second stage would be held in registers, which spill
 CONFIGS_AMD = {
     "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=64),
-    "direct-16": Config("direct", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
-    "sorted-16": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
-    "sorted-64": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=64),
-    "sorted-128": Config("sorted", Tile(32, 8, 2), Tile(32, 8, 2), block_m=128),
-    "float32-direct": Config("direct", Tile(16, 4, 1), Tile(16, 4, 1), block_m=16),
-    "float32-sorted": Config("sorted", Tile(16, 4, 1), Tile(32, 4, 1), block_m=32),
+    "direct-16": Config("direct", Tile(32, 2), Tile(32, 2), block_m=16),
+    "sorted-16": Config("sorted", Tile(32, 2), Tile(32, 2), block_m=16),
+    "sorted-64": Config("sorted", Tile(32, 4), Tile(32, 4), block_m=64),
+    "sorted-128": Config("sorted", Tile(32, 8), Tile(32, 8), block_m=128),
+    "float32-direct": Config("direct", Tile(16, 4), Tile(16, 4), block_m=16),
+    "float32-sorted": Config("sorted", Tile(16, 4), Tile(32, 4), block_m=32),
 }
 
 
@@ -275,7 +275,7 @@ def _check(
     tokens, hidden = x_TD.shape
     if index_TK.shape != prob_TK.shape or index_TK.dim() != 2 or index_TK.shape[0] != tokens:
         raise ValueError(
-            f"experts_triton: index is {tuple(index_TK.shape)}, prob {tuple(prob_TK.shape)}, expected both [{tokens}, K]"
+            f"experts_triton: index is {tuple(index_TK.shape)}, prob {tuple(prob_TK.shape)}, not [{tokens}, K]"
         )
     if index_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"experts_triton: index is {index_TK.dtype}, expected int32 or int64")
