@@ -59,8 +59,8 @@ CONFIGS = {
     "sorted-16": Config("sorted", Tile(32, 4, 4), Tile(64, 4, 4), block_m=16),
     "sorted-64": Config("sorted", Tile(32, 4, 3), Tile(64, 4, 3), block_m=64),
     "sorted-128": Config("sorted", Tile(32, 8, 3), Tile(64, 8, 3), block_m=128),
-    "float32-direct": Config("direct", Tile(32, 4, 2), Tile(32, 4, 2), block_m=16),
-    "float32-sorted": Config("sorted", Tile(32, 4, 2), Tile(32, 4, 2), block_m=32),
+    "float32-direct": Config("direct", Tile(16, 4, 2), Tile(16, 4, 2), block_m=16),
+    "float32-sorted": Config("sorted", Tile(16, 4, 2), Tile(16, 4, 2), block_m=16),
 }
 # AMD: a second stage would be held in registers, which spill
 CONFIGS_AMD = {
@@ -70,7 +70,7 @@ CONFIGS_AMD = {
     "sorted-64": Config("sorted", Tile(32, 4), Tile(32, 4), block_m=64),
     "sorted-128": Config("sorted", Tile(32, 8), Tile(32, 8), block_m=128),
     "float32-direct": Config("direct", Tile(16, 4), Tile(16, 4), block_m=16),
-    "float32-sorted": Config("sorted", Tile(16, 4), Tile(32, 4), block_m=32),
+    "float32-sorted": Config("sorted", Tile(16, 4), Tile(16, 4), block_m=16),
 }
 
 
