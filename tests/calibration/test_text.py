@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gptoss_quantize.calibration.sources import default_calibration_path, read_records
+from gptoss_quantize.calibration.sources import default_calibration_path
 from gptoss_quantize.calibration.text import DATE, TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.errors import InputError
 
