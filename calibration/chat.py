@@ -10,7 +10,7 @@ date renders the text and gives it as text.
 * thinking goes under the name that the template knows (`thinking`; `reasoning_content` in Qwen's and others);
 * a template that writes only the first of several calls (Harmony: `tool_calls[0]`) gets a message per call, each
   followed by its result; one that refuses content beside thinking in a call gets both as thinking;
-* messages of system and developer at the beginning of which it would lose one are joined (Harmony takes a single one).
+* several messages of system and developer at the beginning are joined where it would lose one (as Harmony does).
 
 Messages that a template does not write (Harmony: a system message later on) are counted by the caller.
 """

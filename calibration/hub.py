@@ -35,10 +35,11 @@ def rows_of_dataset(source: str, wanted: Collection[str], column: str | None, se
         raise InputError(f"{source}: names no data set; expected hf:NAME[:CONFIG][@SPLIT]")
     try:
         rows, first, last = _load(name, config or None, split or "train")
-    except Exception as error:  # noqa: BLE001  # the hub, httpx, fsspec, pyarrow and builders raise what they like
+    except Exception as error:  # the hub, httpx, fsspec, pyarrow and builders raise what they like
         raise InputError(
             f"{source}: the data set cannot be loaded ({type(error).__name__}: {first_line(error)}); "
-            "expected hf:NAME[:CONFIG][@SPLIT] in reach or in the cache; without a network, give a file "
+            "expected hf:NAME[:CONFIG][@SPLIT] in reach; without a network, set HF_HUB_OFFLINE=1 to "
+            "read the cache, or give a file "
             f"({', '.join(SUFFIXES)}) or the word default"
         ) from error
     if rows.column_names is not None:  # a stream may not know them before its first row
@@ -115,7 +116,7 @@ def _guarded(rows: Iterator[Row], source: str) -> Iterator[Row]:
     while True:
         try:
             row = next(rows, None)
-        except Exception as error:  # noqa: BLE001  # whatever fsspec, aiohttp, pyarrow or a builder raises
+        except Exception as error:  # whatever fsspec, aiohttp, pyarrow or a builder raises
             raise InputError(
                 f"{source}: the stream broke off ({type(error).__name__}: {first_line(error)}); try again, or fetch "
                 "the data set first (`hf download --repo-type dataset`) and name its folder"

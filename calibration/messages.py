@@ -78,36 +78,34 @@ def _filled(role: str, fields: dict[str, Any], content: Any) -> dict[str, Any]:
     """Return a message from its role, its other fields and its content of any kind."""
     if role in CALLS:
         return {"role": "assistant", "tool_calls": tool_calls_of(content)}
-    thoughts = [fields.pop(key, None) for key in ("thinking", "reasoning_content", "reasoning")]
     if isinstance(content, list | dict) and role == "tool" and not _is_parts(content):
         content = to_json(content)
     text, thought = _content(content)
-    calls = fields.pop("tool_calls", None) or fields.pop("function_call", None)
-    fields.pop("function_call", None)
-    recipient = fields.pop("recipient", None)
-    content_type = fields.pop("content_type", None)
+    thoughts = [*(fields.pop(key, None) for key in ("thinking", "reasoning_content", "reasoning")), thought]
+    calls, text = _calls(role, fields, text)
     message: dict[str, Any] = {"role": role, **fields}
-    if role == "assistant" and isinstance(recipient, str) and recipient not in ("", "all", "assistant"):
-        call = {"name": recipient.removeprefix("functions."), "arguments": text}
-        calls, text = [call], None
-    elif content_type is not None:
-        message["content_type"] = content_type
-    if text is not None:
+    if text is not None and (text or not calls):
         message["content"] = text
-    thinking = next((t for t in (*thoughts, thought) if t is not None and t != ""), None)
-    if thinking is not None:
-        thinking = text_of(thinking, "thinking")
-        if not thinking.isspace():
-            message["thinking"] = thinking
+    thinking = text_of(next((t for t in thoughts if t), ""), "thinking")
+    if thinking and not thinking.isspace():
+        message["thinking"] = thinking
     if calls:
         message["tool_calls"] = tool_calls_of(calls)
-        if not message.get("content"):
-            message.pop("content", None)
     if role == "tool":
         message.setdefault("content", "")
     if not message.keys() & {"content", "thinking", "tool_calls"}:
         raise RowError("has no content; expected a text under 'content'")
     return message
+
+
+def _calls(role: str, fields: dict[str, Any], text: str | None) -> tuple[Any, str | None]:
+    """Take the calls of tools out of a message's fields; Harmony writes one as a content with a recipient."""
+    calls = [fields.pop(key, None) for key in ("tool_calls", "function_call")]
+    recipient = fields.pop("recipient", None)
+    if role == "assistant" and isinstance(recipient, str) and recipient not in ("", "all", "assistant"):
+        fields.pop("content_type", None)
+        return [{"name": recipient.removeprefix("functions."), "arguments": text}], None
+    return calls[0] or calls[1], text
 
 
 def _is_parts(content: Any) -> bool:

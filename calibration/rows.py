@@ -34,7 +34,8 @@ THOUGHTS = ("thinking", "reasoning_content", "reasoning")
 TOOLS = ("tools", "functions")
 EXTRAS = "chat_template_kwargs"
 FIELDS = (
-    "messages", "text", *CONVERSATIONS, *QUESTIONS, *ANSWERS, *CONTEXTS, *SYSTEMS, *THOUGHTS, *TOOLS, "history", EXTRAS
+    "messages", "text", *CONVERSATIONS, *QUESTIONS, *ANSWERS, *CONTEXTS, *SYSTEMS, *THOUGHTS, *TOOLS, EXTRAS,
+    "history",
 )  # fmt: skip
 MARKER = re.compile(r"<\|[a-z_]*(start|begin|user|system)[a-z_]*\|>")
 

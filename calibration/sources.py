@@ -37,7 +37,7 @@ from gptoss_quantize.errors import InputError
 
 TEXT_SUFFIXES = (".txt", ".md")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-SUFFIXES = tuple(s + end for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json") for end in ("", ".gz")) + (".parquet",)
+SUFFIXES = (*(s + end for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json") for end in ("", ".gz")), ".parquet")
 PACKAGED = {
     "default": ("gptoss_quantize.calibration", "calibration.jsonl.gz", "default calibration text"),
     "heldout": ("gptoss_quantize.eval", "heldout.jsonl.gz", "default held-out text"),
@@ -137,7 +137,8 @@ def columns(names: Iterable[str], wanted: Collection[str], column: str | None, w
 
 
 def _unknown_kind(name: str) -> str:
-    expected = f"expected a file in {', '.join(SUFFIXES)}, hf:NAME[:CONFIG][@SPLIT] for a `datasets` name, or the word default"
+    known = ", ".join(SUFFIXES)
+    expected = f"expected a file in {known}, hf:NAME[:CONFIG][@SPLIT] for a `datasets` name, or the word default"
     packers = {".zst": "unzstd", ".xz": "unxz", ".bz2": "bunzip2", ".zip": "unzip"}
     for end, unpack in packers.items():
         if name.endswith(end):
@@ -213,7 +214,7 @@ def _from_json(path: Path, seed: int | None, *, lines: bool) -> Iterator[Row]:
 
 
 def _is_array_of_rows(first: bytes) -> bool:
-    """Say whether a first line that begins with [ is (the beginning of) an array of rows, not itself a conversation."""
+    """Say whether a first line that begins with [ begins an array of rows, and is not itself a conversation."""
     content = parse_json(first)
     return not (
         isinstance(content, list)
@@ -317,7 +318,7 @@ def _start_of_rows(text: str) -> int | None:
         at = _skip(text, _DECODER.raw_decode(text, at)[1]) + 1
 
 
-def _elements(text: str, start: int, path: Path) -> tuple[array[int], array[int]]:
+def _elements(text: str, start: int, path: Path) -> "tuple[array[int], array[int]]":
     """Return the starts and ends of an array's elements."""
     starts, ends, at = array("Q"), array("Q"), _skip(text, start + 1)
     while text[at : at + 1] != "]":

@@ -9,14 +9,15 @@ training text of gpt-oss, and of most others. The eos token of a chat model is n
 `<|return|>`, which ends an assistant's turn. Without `<|endoftext|>` it is eos, then bos, then nothing.
 
 Rows are looked at before anything is rendered (`calibration.rows`); conversations are rendered with the tokenizer's
-chat template on a fixed date (`calibration.chat`): Harmony for gpt-oss, including the `thinking` of a message. Special
-tokens that are written out in a text are read as such, so conversations may also come as text that was rendered
-before. Rows that cannot be used are skipped and counted (`calibration.documents`).
+chat template on a fixed date (`calibration.chat`): Harmony for gpt-oss, including the `thinking` of a message.
+Special tokens that are written out in a text are read as such, so conversations may also come as text that was
+rendered before. Rows that cannot be used are skipped and counted (`calibration.documents`).
 
 No document takes the whole budget: of a conversation at most an eighth of it is used, of any other row's text a
-quarter, and at least one sequence (or what `max_document` says). Where the text would not fill the budget so, both
-lengths are doubled until it does, or until nothing is cut. Text files (cut at blank lines already, or one document on
-purpose) and the packaged texts are not cut, nor is anything when all of a text is asked for.
+quarter, in small budgets 1,024 tokens or half of it, and at least one sequence (or what `max_document` says).
+Where the text would not fill the budget so, both lengths are doubled until it does, or until nothing is cut. Text
+files (cut at blank lines already, or one document on purpose) and the packaged texts are not cut, nor is anything
+when all of a text is asked for.
 
 The SHA-256 of the ids goes into reports: equal hashes mean the same tokens in the same sequences.
 """
@@ -50,6 +51,7 @@ __all__ = [
     "render_chat",
 ]
 CONVERSATION_SHARE, TEXT_SHARE = 8, 4  # of the budget of tokens, one part in so many
+DOCUMENT = 1024  # tokens that a document may have in any budget of twice as many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class TextSpec:
     tokens: the budget, rounded down to whole sequences; None takes all of the text.
     chat_template: whether messages are rendered with the chat template; without, their contents are joined.
     max_document: tokens at which the document of a row is cut; None: an eighth of `tokens` for a conversation, a
-    quarter for a text, and at least `seq_len`.
+    quarter for a text; at least 1,024 (or half of `tokens`, if that is less), and at least `seq_len`.
     """
 
     source: str = "default"
@@ -91,7 +93,8 @@ class TextSpec:
         """Return at how many tokens a document is cut; `factor` is how far the default length is raised."""
         if self.max_document is not None or self.tokens is None:
             return self.max_document
-        return factor * max(self.seq_len, self.tokens // (CONVERSATION_SHARE if conversation else TEXT_SHARE))
+        share = self.tokens // (CONVERSATION_SHARE if conversation else TEXT_SHARE)
+        return factor * max(self.seq_len, share, min(DOCUMENT, self.tokens // 2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -176,7 +179,7 @@ def load_following(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, tokens: i
 
 @dataclass(slots=True)
 class _Stream:
-    """Documents one after the other: ids [n] int64, and of each document its first id, its kind, and if it was cut."""
+    """Documents in a row: ids [n] int64, and of each its first id, whether it is a conversation, and was cut."""
 
     ids: torch.Tensor
     documents: list[tuple[int, bool, bool]]

@@ -95,7 +95,7 @@ def test_the_hash_names_the_tokens(harmony, tmp_path):
             [{"messages": [{"role": "poet", "content": "O"}, *CHAT[1:2]]}],
             "refuses the conversation .*unknown role poet",
         ),
-        ([{"messages": CHAT}, {"messages": "plain"}], "line 2: no list of messages"),
+        ([{"messages": CHAT}, *[{"messages": "plain"}] * 2], "line 2: no list of messages"),
     ],
 )
 def test_conversations_that_cannot_be_scored_are_refused(harmony, tmp_path, rows, message):
