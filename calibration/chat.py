@@ -15,8 +15,8 @@ date renders the text and gives it as text.
 Messages that a template does not write (Harmony: a system message later on) are counted by the caller.
 """
 
-import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -40,6 +40,7 @@ FIXED_DATE = (
     + " }}{% endmacro %}"
 )
 LEADING = ("system", "developer")
+EVERYWHERE = ("user", "assistant", "tool")
 
 
 def dated_template(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -87,28 +88,36 @@ def render(
     if leading < 2:
         return written(messages)
     try:
-        text, reason = written(messages), None
-    except RowError as error:  # some templates raise for the second one, others leave it out
-        text, reason = "", error
-    if reason is None and not left_out(messages[:leading], text):
-        return text
-    roles, contents = zip(*((m["role"], m.get("content", "")) for m in messages[:leading]), strict=True)
-    joined = {"role": roles[0], "content": "\n\n".join(contents)}
-    return written([joined, *messages[leading:]])
+        # some templates raise for the second one, others leave it out
+        text = written([{**m, "content": _probe(i)} for i, m in enumerate(messages[:leading])] + messages[leading:])
+        joined = any(_probe(i) not in text for i in range(leading))
+    except RowError:
+        joined = True
+    if not joined:
+        return written(messages)
+    content = "\n\n".join(m.get("content", "") for m in messages[:leading])
+    return written([{"role": messages[0]["role"], "content": content}, *messages[leading:]])
 
 
-def left_out(messages: list[dict[str, Any]], text: str) -> list[int]:
-    """Return which messages that are not the assistant's a rendering does not hold the content of."""
-    lost = []
-    for i, message in enumerate(messages):
-        content = message.get("content", "").strip()
-        if message["role"] == "assistant" or not content or content in text:
-            continue
-        # results of tools are often written as JSON
-        if json.dumps(content, ensure_ascii=False)[1:-1] in text or json.dumps(content)[1:-1] in text:
-            continue
-        lost.append(i)
-    return lost
+def _probe(i: int) -> str:
+    return f"what-does-the-template-write-of-{i}-?"
+
+
+def left_out(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    """Return which messages a rendering does not hold the content of, of those that templates are known to pass over.
+
+    These are messages of system and developer that are not the first, and of roles that are not known everywhere.
+    """
+    asked = [
+        i
+        for i, m in enumerate(conversation.messages)
+        if m["role"] not in EVERYWHERE and (i or m["role"] not in LEADING)
+    ]
+    if not asked:
+        return []
+    probes = [{**m, "content": _probe(i)} if i in asked else m for i, m in enumerate(conversation.messages)]
+    text = render(replace(conversation, messages=probes), tokenizer, where)
+    return [i for i in asked if _probe(i) not in text]
 
 
 def joined_contents(conversation: Conversation) -> str:

@@ -189,11 +189,12 @@ def _tool(item: Any) -> dict[str, Any]:
         raise RowError(f"a tool without a name: {str(item)[:80]!r}")
     # parquet cannot keep schemata of many shapes, so they are often JSON text
     parameters = inner.get("parameters", inner.get("input_schema"))
-    inner = {key: value for key, value in inner.items() if key != "input_schema"}
+    inner = {
+        key: value for key, value in inner.items() if key != "input_schema" and (key != "type" or "function" in item)
+    }
     if isinstance(parameters, str):
         parameters = _parsed(parameters, "the parameters of a tool") if parameters.strip() else None
     inner = {**inner, "parameters": parameters} if parameters is not None else inner
-    inner = {key: value for key, value in inner.items() if inner is not item or key != "type"}
     return {"type": "function", "function": inner}
 
 

@@ -180,6 +180,8 @@ def _question_and_answer(row: dict[str, Any]) -> str | Conversation | None:
     if isinstance(asked, str) and isinstance(answered, str | None) and MARKER.search(asked):
         return asked + (answered or "")
     before = _history(row.get("history"))
+    if asked is None and isinstance(answered, list):  # the whole conversation under `chosen`
+        return _conversation([*before, *answered], row)
     asked = asked if isinstance(asked, list) else [{"role": "user", "content": _joined(asked, context, row)}]
     if answered is None and not any(isinstance(m, dict) and m.get("role") == "assistant" for m in asked):
         raise RowError(f"a question without an answer, only {list(row)}; expected one of {', '.join(ANSWERS)}")

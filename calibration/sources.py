@@ -205,23 +205,20 @@ def _from_json(path: Path, seed: int | None, *, lines: bool) -> Iterator[Row]:
         if first.startswith(UTF16):
             _decode(first, path, 1)
         start = first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        whole = start == b"[" and _is_array_of_rows(first)
-        if not lines and start == b"{":
-            # one object on its first line and another one below is JSON lines, whatever the file is called
-            whole = not (isinstance(parse_json(first), dict) and any(not line.isspace() for line in file))
+        whole = False
+        if start == b"[" or (start == b"{" and not lines):
+            # a first line that is whole, with another one below, is JSON lines, whatever the file is called
+            content = parse_json(first)
+            more = any(not line.isspace() for line in file)
+            whole = isinstance(content, JsonError) or not (more or _is_conversation(content))
         file.seek(0)
         yield from _from_json_document(file, path, seed) if whole else _from_json_lines(file, path, seed)
 
 
-def _is_array_of_rows(first: bytes) -> bool:
-    """Say whether a first line that begins with [ begins an array of rows, and is not itself a conversation."""
-    content = parse_json(first)
-    return not (
-        isinstance(content, list)
-        and content
-        and isinstance(content[0], dict)
-        and content[0].keys() & {"role", "from"}
-    )
+def _is_conversation(content: Any) -> bool:
+    """Say whether an array is one row, a conversation, and not an array of rows."""
+    first = content[0] if isinstance(content, list) and content else None
+    return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -336,6 +333,9 @@ def _elements(text: str, start: int, path: Path) -> "tuple[array[int], array[int
         starts.append(at)
         ends.append(end)
         at = _skip(text, after + 1) if text[after] == "," else after
+    if start == _skip(text, 0) and (rest := _skip(text, at + 1)) < len(text):
+        place = f"line {text.count(chr(10), 0, rest) + 1}"
+        raise InputError(f"{path}: {place}: more text after the end of the array of rows; expected one array")
     return starts, ends
 
 

@@ -297,8 +297,11 @@ def rendered(
     conversation: Conversation, spec: TextSpec, tokenizer: PreTrainedTokenizerBase, where: str, counts: Counts
 ) -> str:
     """Return a conversation as the model sees it, or its contents alone where no template is asked for."""
-    text = render(conversation, tokenizer, where) if spec.chat_template else joined_contents(conversation)
-    checked_left_out(conversation, left_out(conversation.messages, text), where, counts)
+    if spec.chat_template:
+        text = render(conversation, tokenizer, where)
+        checked_left_out(conversation, left_out(conversation, tokenizer, where), where, counts)
+    else:
+        text = joined_contents(conversation)
     try:
         text.encode()
     except UnicodeEncodeError as error:

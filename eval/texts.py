@@ -142,8 +142,7 @@ def _chat_cut(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_positions:
         try:
             if isinstance(found, str):
                 raise RowError("no list of messages, though the first record is one; split the file")
-            lost = left_out(found.messages, render(found, tokenizer, row.where))
-            checked_left_out(found, lost, row.where, counts)
+            checked_left_out(found, left_out(found, tokenizer, row.where), row.where, counts)
             turns, cut, longer = _limited(_turns(found, tokenizer, row.where), limit, max_positions)
         except RowError as error:
             counts.skip(spec.source, row.where, str(error))

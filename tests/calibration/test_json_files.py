@@ -69,6 +69,12 @@ def test_lines_and_arrays_may_hold_conversations_without_an_object_around_them(t
         assert [row.value for row in read(tmp_path / name)] == [CHAT, CHAT]
 
 
+def test_lines_that_begin_with_an_array_are_lines(tmp_path: Path) -> None:
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(lines([[], ["a"], {"text": "b"}]), encoding="utf-8")
+        assert [row.value for row in read(tmp_path / name)] == [[], ["a"], {"text": "b"}]
+
+
 def test_one_object_is_one_row_unless_it_holds_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for row in ({"messages": CHAT}, {"text": "a", "data": [1, 2]}):
@@ -92,6 +98,7 @@ def test_a_line_that_is_no_json_is_handed_on_with_its_reason(tmp_path: Path) -> 
         ('[{"text": "a"}\n {"text": "b"}]', "line 1, row 0: not JSON"),
         ('[{"text": "a"},', "row 1: not JSON"),
         ('{"data": [{"text": "a"}', "a.json: not JSON"),
+        ('[\n{"text": "a"}\n]\n{"text": "b"}', "line 4: more text after the end"),
     ],
 )
 def test_a_broken_array_is_refused_with_its_place(text: str, message: str, tmp_path: Path) -> None:

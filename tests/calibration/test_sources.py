@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptoss_quantize.calibration.sources import (
+    Row,
     default_calibration_path,
     default_heldout_path,
     describe,
-    Row,
     read_rows,
     shuffled,
 )
@@ -44,7 +44,7 @@ def test_packaged_texts_are_large_enough(path: Path, tokens: int) -> None:
 
 def test_packaged_names_stand_for_the_packaged_files() -> None:
     for name, path in (("default", default_calibration_path()), ("heldout", default_heldout_path())):
-        assert [r.value['text'] for r in read(name)] == [d["text"] for d in packaged(path)]
+        assert [r.value["text"] for r in read(name)] == [d["text"] for d in packaged(path)]
         assert "PostgreSQL" in describe(name)
 
 
@@ -101,7 +101,7 @@ def test_parquet_is_shuffled_within_and_across_row_groups(tmp_path: Path) -> Non
     path = tmp_path / "data.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(60)]}), path, row_group_size=20)
     records = read(path, seed=0)
-    values = [int(r.value['text']) for r in records]
+    values = [int(r.value["text"]) for r in records]
     groups = [i // 20 for i in values]
     assert sorted(values) == list(range(60))
     assert groups != sorted(groups)
