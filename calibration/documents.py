@@ -16,7 +16,7 @@ from typing import Any
 
 from gptoss_quantize.calibration.messages import RowError
 from gptoss_quantize.calibration.rows import FIELDS, Conversation, document
-from gptoss_quantize.calibration.sources import Row, read_rows
+from gptoss_quantize.calibration.sources import Row, is_plain_text, read_rows
 from gptoss_quantize.errors import InputError
 
 FIRST_ROWS, NAMED = 100, 3
@@ -99,6 +99,7 @@ def read_documents(
 
     The reader of the documents calls `counts.skip` for what it cannot render, and `counts.finish` at its end.
     """
+    column = None if is_plain_text(source) else column
     for row in read_rows(source, fields=FIELDS, column=column, seed=seed):
         if row.continued:
             # pieces of one text, blank ones in between included
@@ -110,8 +111,7 @@ def read_documents(
             counts.skip(source, row.where, row.error)
             continue
         try:
-            # the column of a text file has no name
-            found = document(row.value, None if row.whole else column, prefer)
+            found = document(row.value, column, prefer)
             if isinstance(found, str):
                 found.encode()
         except (RowError, UnicodeEncodeError) as error:

@@ -122,6 +122,12 @@ def read_rows(source: str, *, fields: Collection[str], column: str | None, seed:
     return (replace(row, whole=True) for row in rows) if source in PACKAGED else rows
 
 
+def is_plain_text(source: str) -> bool:
+    """Say whether a source is a text file, which has no columns."""
+    kind = source.lower().removesuffix(".gz")
+    return source not in PACKAGED and not source.startswith("hf:") and kind.endswith(TEXT_SUFFIXES)
+
+
 def columns(names: Iterable[str], wanted: Collection[str], column: str | None, where: str) -> list[str]:
     """Return the columns of a table to read; InputError where it lacks the named one, or all that are known."""
     names = list(names)
