@@ -158,7 +158,9 @@ def _tool_call(call: Any) -> dict[str, Any]:
     inner = {**call, "name": inner} if isinstance(inner, str) else inner
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise RowError(f"a tool call without a name: {str(call)[:80]!r}")
-    arguments: Any = next((inner[key] for key in ("arguments", "parameters", "input") if inner.get(key) is not None), {})
+    arguments: Any = next(
+        (inner[key] for key in ("arguments", "parameters", "input") if inner.get(key) is not None), {}
+    )
     if not isinstance(arguments, str):
         arguments = without_nulls(arguments)
     for _ in range(2):  # JSON text, or JSON text of JSON text
