@@ -19,9 +19,7 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
     return {
         "schema": 1,
         "settings": output.state["settings"],
-        "calibration": None
-        if tokens is None
-        else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
+        "calibration": None if tokens is None else {**tokens.record(), "shape": list(tokens.ids.shape)},
         "expert_bits_per_weight": bits,
         "source_is_mxfp4": output.state["source_is_mxfp4"],
         # of plain rounding, where the source is MXFP4: |error|^2 / |weights|^2
