@@ -65,6 +65,8 @@ class Job:
     polish_text: Tokens | None = None  # what it works on: text that calibration does not see
     resume: bool = False
     overwrite: bool = False
+    # what the source makes of a little text (gptoss_quantize.sanity), asked once, before the first layer
+    look: Callable[[], dict[str, Any] | None] | None = None
 
     @property
     def target(self) -> Format:
@@ -194,6 +196,7 @@ def _run(
         first = source.expert(0, 0)
         output.state["source_is_mxfp4"] = on_mxfp4_grid(first.gate_up) and on_mxfp4_grid(first.down)
         if ranks.rank == 0:
+            output.state["sanity"] = None if job.look is None else job.look()
             output.note(write_outer(source, job.dense, output))
             if tokens is not None and shape is not None:
                 write_embedded(source, tokens, output.hidden(0, shape))
