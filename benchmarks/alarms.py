@@ -1,13 +1,14 @@
 """The smallest faults of a runtime, one layer each, and which alarms of `verify` and `compare` see them.
 
-    python benchmarks/alarms.py MODEL CANDIDATE [--sequences 4] [--seq-len 256] [--positions 16] [--window 128]
+    python benchmarks/alarms.py faults MODEL [--window 128] [--only WORD ...] [--json FILE]
+    python benchmarks/alarms.py files MODEL CHECKPOINT ...
 
-MODEL is an unquantized model (the demo model), CANDIDATE a checkpoint made from it. A fault is put between the file
-and the computation, in MODEL and CANDIDATE alike: the runtime reads both wrongly in the same way, so that what the
-unquantized model shows is as large as the fault itself. Printed for every fault: KL, its median and largest position,
-top-1, and the verdicts that `verify` gives where the runtime computes in float32, in bfloat16, or with int8
-activations: first with the noise of a right runtime (relative alarm), then with its own (absolute alarm).
-The last column is what `verify` says of the file, if it was written so (`eval.kinship`).
+`faults`: MODEL is any checkpoint. Each fault is put between the file and the computation, as a runtime with that
+fault would compute. Printed: its KL, median and largest position, top-1, and for every precision whether the absolute
+alarms see it (a runtime that misreads the baseline in the same way has no others), and whether the relative one does
+where the noise is MODEL's own in bfloat16 products. The KL ceiling and the least top-1 of `compare` come last.
+
+`files`: what `verify` says of right checkpoints' experts against MODEL's: how far rounding moves them.
 
 --window replaces the model's sliding window, since a window longer than the text cannot be seen by anything.
 """
@@ -23,11 +24,12 @@ import torch
 
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint, Expert
+from gptoss_quantize.eval.verdict import CEILING_KL, LEAST_TOP1
 from gptoss_quantize.model import hidden_states, logits
-from gptoss_quantize.runtimes.agreement import Agreement, compare, verdict
-from gptoss_quantize.runtimes.verify import spread
+from gptoss_quantize.runtimes.agreement import LIMITS, alarm, bound, compare
+from gptoss_quantize.runtimes.check_file import experts_row
+from gptoss_quantize.runtimes.verify import Job, spread
 
-# what right models show where the activations are int8: docs/verdicts.md
 Damage = Callable[[int, int, Expert], Expert]
 
 
@@ -93,7 +95,6 @@ def faults(layers: int, window: int) -> dict[str, tuple[Damage | None, int]]:
     """Return name -> (damage of experts, sliding window)."""
     middle = layers // 2
     return {
-        "none": (None, window),
         "all experts random": (random_experts, window),
         f"expert 0 of layer {middle} random": (random_expert(middle, 0), window),
         f"expert 0 of layer {layers - 1} (the last) random": (random_expert(layers - 1, 0), window),
@@ -103,57 +104,69 @@ def faults(layers: int, window: int) -> dict[str, tuple[Damage | None, int]]:
     }
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return one row per fault."""
+def text_of(args: argparse.Namespace) -> torch.Tensor:
+    """Return the token ids [N, S] that `verify` would take."""
     spec = TextSpec(source="heldout", tokens=args.sequences * args.seq_len, seq_len=args.seq_len, shuffle=False)
-    ids = load_tokens(spec, load_tokenizer(args.model)).ids
-    at = spread(args.seq_len, args.positions)
-    models = {"baseline": Faulty(args.model), "candidate": Faulty(args.candidate)}
-    right: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-    rows = []
-    layers = models["baseline"].config.layers
-    for name, (damage, window) in faults(layers, args.window).items():
-        found: dict[tuple[str, torch.dtype], Agreement] = {}
-        for who, model in models.items():
-            model.damage = damage
-            model.config = replace(model.config, sliding_window=window)
-            for dtype in (torch.float32, torch.bfloat16):
-                got = predicted(model, ids, at, dtype)
-                right.setdefault((who, dtype), got)
-                found[who, dtype] = compare(right[who, torch.float32], got)
-        row: dict[str, Any] = {"fault": name}
-        for dtype in (torch.float32, torch.bfloat16):
-            precision = "float32" if dtype == torch.float32 else "16 bit"
-            noise = compare(right["baseline", torch.float32], right["baseline", dtype])
-            got = found["candidate", dtype]
-            row[precision] = got.record() | {
-                "relative": verdict(got, noise, precision),
-                "absolute": verdict(got, found["baseline", dtype], precision),
-                "baseline": found["baseline", dtype].record(),
-            }
+    return load_tokens(spec, load_tokenizer(args.model)).ids
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print and return one row per fault."""
+    ids, at, model = text_of(args), spread(args.seq_len, args.positions), Faulty(args.model)
+    window = args.window or model.config.sliding_window
+    model.config = replace(model.config, sliding_window=window)
+    right = predicted(model, ids, at, torch.float32)
+    noise = compare(right, predicted(model, ids, at, torch.bfloat16))
+    rows = [{"fault": "none, bfloat16 products", **noise.record()}]
+    print(f"noise in bfloat16: KL {noise.kl:.2e} median {noise.kl_median:.1e} max {noise.kl_max:.1e}", flush=True)
+    for name, (damage, size) in faults(model.config.layers, window).items():
+        if args.only and not any(word in name for word in args.only):
+            continue
+        model.damage = damage
+        model.config = replace(model.config, sliding_window=size)
+        got = compare(right, predicted(model, ids, at, torch.float32))
+        seen = {precision: alarm(got, precision) for precision in LIMITS}
+        row = {
+            "fault": name,
+            **got.record(),
+            "absolute": seen,
+            "relative": got.kl > bound(noise, got),
+            "compare": got.kl > CEILING_KL or got.top1 < LEAST_TOP1,
+        }
         rows.append(row)
-        shown = row["float32"]
         print(
-            f"{name:40} KL {shown['kl']:.2e} median {shown['kl_median']:.1e} max {shown['kl_max']:.1e} "
-            f"top-1 {100 * shown['top1']:.1f} | bf16 KL {row['16 bit']['kl']:.2e} | "
-            + " ".join(f"{p}: {row[p]['relative']}/{row[p]['absolute']}" for p in ("float32", "16 bit")),
+            f"{name:40} KL {got.kl:.2e} median {got.kl_median:.1e} max {got.kl_max:.1e} top-1 {100 * got.top1:5.1f} | "
+            + ", ".join(f"{precision}: {'alarm' if why else 'silent'}" for precision, why in seen.items())
+            + f" | relative: {row['relative']} | compare: {row['compare']}",
             flush=True,
         )
     return rows
 
 
+def files(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print and return what `verify` says of the experts of right checkpoints."""
+    ids, baseline, rows = text_of(args), Checkpoint(args.model), []
+    for path in args.checkpoints:
+        job = Job(checkpoint=Checkpoint(path), baseline=baseline, ids=ids, positions=[0], texts=[])
+        rows.append({"checkpoint": str(path), **experts_row(job).record()})
+        print(f"{path}: {rows[-1]['verdict']}: {rows[-1]['note']}", flush=True)
+    return rows
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["faults", "files"])
     parser.add_argument("model", type=Path)
-    parser.add_argument("candidate", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="*")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--positions", type=int, default=16)
-    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--window", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = measure(args)
+    rows = measure(args) if args.what == "faults" else files(args)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.experts import compare_experts
 from gptoss_quantize.eval.identity import adapter_difference, config_differences
 from gptoss_quantize.eval.trees import Tree, lay_out
@@ -35,6 +36,9 @@ def check_file(job: Job) -> list[Row]:
         return rows
     if found := config_differences(job.baseline, job.checkpoint):
         rows.append(Row(OURS, "config", DISAGREES, note="; ".join(found)))
+    if lost := lost_biases(job.baseline, job.checkpoint):
+        shown = ", ".join(lost[:3]) + (" ..." if len(lost) > 3 else "")
+        rows.append(Row(OURS, "biases", DISAGREES, note=f"all zero, the baseline's are not: {shown}"))
     adapter = adapter_difference(job.baseline, job.checkpoint)
     if adapter is not None:
         rows.append(Row(OURS, "adapter", SUSPECT, note=adapter))
@@ -57,6 +61,23 @@ def predicts_text(job: Job) -> Row | None:
     value, count = perplexity(job, found)
     why = suspicion(value, count, model.config.vocab) if count else None
     return None if why is None else Row(OURS, f"{who} predicts text", SUSPECT, note=why)
+
+
+def lost_biases(baseline: Checkpoint, checkpoint: Checkpoint) -> list[str]:
+    """Return the layers whose experts' biases are all zero though the baseline's are not.
+
+    Their outputs' error would not tell: biases are a tenth of the energy in a layer, as rounding is.
+    """
+    out = []
+    for layer in range(baseline.config.layers):
+        for part in ("gate_up", "down"):
+            ours, theirs = (
+                any(bool(c.expert_bias(layer, e, part).any()) for e in range(c.config.experts))
+                for c in (baseline, checkpoint)
+            )
+            if ours and not theirs:
+                out.append(f"layer {layer} {part}")
+    return out
 
 
 def worst_expert(layers: list[dict[str, Any]]) -> tuple[float, int, int]:

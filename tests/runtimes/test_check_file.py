@@ -99,12 +99,18 @@ def experts_exchanged(tensors):
             tensors[one], tensors[other] = tensors[other].clone(), tensors[one].clone()
 
 
-@pytest.mark.parametrize("change", [one_expert_random, no_biases, halves, experts_exchanged])
+@pytest.mark.parametrize("change", [one_expert_random, halves, experts_exchanged])
 def test_a_wrong_file_disagrees_though_every_runtime_reads_it_alike(tiny, int4_path, tmp_path, change):
     path = damaged(int4_path(), tmp_path / "wrong", change)
     row = rows_of(check_file(job(tiny, path)))["experts against the baseline's"]
     assert row.verdict == DISAGREES, row.note
     assert ("layer 0" if change is experts_exchanged else "layer 1") in row.note
+
+
+def test_lost_biases_of_one_layer_disagree(tiny, int4_path, tmp_path):
+    found = rows_of(check_file(job(tiny, damaged(int4_path(), tmp_path / "wrong", no_biases))))
+    assert found["biases"].verdict == DISAGREES and found["biases"].note.endswith("layer 1 gate_up, layer 1 down")
+    assert "biases" not in rows_of(check_file(job(tiny, int4_path())))
 
 
 def test_a_window_off_by_one_disagrees(tiny, int4_path, tmp_path):
