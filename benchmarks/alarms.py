@@ -135,7 +135,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         rows.append(row)
         print(
-            f"{name:40} KL {got.kl:.2e} median {got.kl_median:.1e} max {got.kl_max:.1e} top-1 {100 * got.top1:5.1f} | "
+            f"{name:40} KL {got.kl:.2e} median {got.kl_median:.1e} max {got.kl_max:.1e} top-1 {100 * got.top1:5.1f}"
+            + " | "
             + ", ".join(f"{precision}: {'alarm' if why else 'silent'}" for precision, why in seen.items())
             + f" | relative: {row['relative']} | compare: {row['compare']}",
             flush=True,

@@ -109,9 +109,8 @@ def judge(
     if high < -margin:
         return "worse", []
     if tasks["items"] < (needed := least_items(margin)):
-        return "uncertain", [
-            f"{tasks['items']} items can never exclude a loss of {100 * margin:g} points; {needed} can"
-        ]
+        few = f"{tasks['items']} items cannot exclude a loss of {100 * margin:g} points, whatever they say"
+        return "uncertain", [f"{few}: at least {needed} are needed"]
     return ("uncertain" if low < -margin else "equivalent"), []
 
 

@@ -426,7 +426,9 @@ def test_without_tasks_experts_or_examples_the_report_is_still_one(made, setting
 
     bare = replace(settings, tasks=None, expert_tokens=0, prompts=(), noise_floor=False, texts=settings.texts[:1])
     record = run(made, bare, tmp_path)
-    assert record["candidates"][0]["verdict"]["level"] == "unmeasured"
+    # the tiny model's rounding moves its predictions far: no tasks are needed to say so
+    verdict = record["candidates"][0]["verdict"]
+    assert verdict["level"] == "worse" and "which no accuracy outvotes" in verdict["reasons"][0]
     write_report(record, tmp_path)
     assert 'id="tasks"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
