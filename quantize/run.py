@@ -196,12 +196,16 @@ def _run(
         first = source.expert(0, 0)
         output.state["source_is_mxfp4"] = on_mxfp4_grid(first.gate_up) and on_mxfp4_grid(first.down)
         if ranks.rank == 0:
-            output.state["sanity"] = None if job.look is None else job.look()
             output.note(write_outer(source, job.dense, output))
             if tokens is not None and shape is not None:
                 write_embedded(source, tokens, output.hidden(0, shape))
             output.save_state()
         everyone(ranks, None)
+    if ranks.rank == 0 and "sanity" not in output.state:
+        # after the first state, so that a run that this refuses is resumed like any other
+        output.state["sanity"] = None if job.look is None else job.look()
+        output.save_state()
+    everyone(ranks, None)
     for i in range(done):
         on_layer(i)
     with torch.inference_mode():

@@ -43,8 +43,8 @@ class Limits:
 # by the precision that the runtime computes in; measured and multiplied in docs/verdicts.md
 LIMITS = {
     "float32": Limits(mean=1e-3, median=1e-6, position=1e-2, far_off=0.02),
-    "16 bit": Limits(mean=0.05, median=0.02, position=1.0, far_off=0.02),
-    "int8": Limits(mean=0.05, median=0.02, position=1.0, far_off=0.02),
+    "16 bit": Limits(mean=0.05, median=0.01, position=1.0, far_off=0.02),
+    "int8": Limits(mean=0.03, median=0.01, position=1.0, far_off=0.02),
 }
 
 
