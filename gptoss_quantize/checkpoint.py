@@ -26,7 +26,8 @@ from gptoss_quantize.layouts import (
 from gptoss_quantize.shards import ShardFile, TensorInfo, Weights
 from gptoss_quantize.source import Expert, StoredSource
 
-INDEX_NAMES = tuple(dict.fromkeys(layout.index_name for layout in reversed(LAYOUTS.values())))
+# names of our own first
+INDEX_NAMES = tuple(sorted({layout.index_name for layout in LAYOUTS.values()}))
 SINGLE_NAME = "model.safetensors"
 _INCOMPLETE = "config.json and weights are not of one whole model, get both from the source again"
 _INDEX_REMEDY = "get the index and all files it names from the source again"

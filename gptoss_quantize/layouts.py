@@ -135,7 +135,7 @@ class Layout:
         try:
             return self.read(stored, dtype)
         except ValueError as error:
-            raise ValueError(f"{base}{error}" + (f" in expert {expert}" if self.fused else "")) from None
+            raise ValueError(base + str(error).format(at="" if index is None else f"[{index}]")) from None
 
     def bias(self, read: Read, layer: int, expert: int, part: str) -> Tensor:
         """Return one expert's bias [R] as stored."""
@@ -247,7 +247,7 @@ def _mxfp4_matrix(rows: int, columns: int, group_size: int) -> Stored:
 
 def _read_mxfp4(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     if bool((stored["_scales"] == mxfp4.SCALE_NAN).any()):
-        raise ValueError("_scales holds 255, the E8M0 code for NaN")
+        raise ValueError("_scales{at} holds 255, the E8M0 code for NaN")
     return mxfp4.decode(stored["_blocks"], stored["_scales"], dtype)
 
 
@@ -295,7 +295,7 @@ INT4 = Layout(
     group_sizes=(64, 32),
     packed=True,
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, MXFP4, INT4)}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, INT4, MXFP4)}
 
 
 def quantization_config(layout: Layout, group_size: int = 0) -> dict[str, Any]:
