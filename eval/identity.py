@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint, dense_shapes, expert_shapes
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 
 REPORT_NAME = "quantization_report.json"
@@ -16,6 +16,7 @@ REPORT_NAME = "quantization_report.json"
 LEAST_COSINE = 0.9
 PROBE_ROWS = 256
 READ_BYTES = 1 << 24
+PARTS = ("embedding and head", "norms", "attention", "routers", "experts")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -68,12 +69,12 @@ def cost(checkpoint: Checkpoint) -> dict[str, Any]:
     stored bit of the file's tensors over every parameter of the unquantized model.
     """
     config = checkpoint.config
-    stored = dense_shapes(config) | expert_shapes(config, checkpoint.expert_format, checkpoint.group_size)
-    parts: dict[str, int] = {}
+    parts = dict.fromkeys(PARTS, 0)
     matrix_bytes = 0
-    for name in stored:
+    # as stored: `--dense int8` has other names than the model
+    for name in checkpoint.names():
         size = checkpoint.info(name).nbytes
-        parts[part_of(name)] = parts.get(part_of(name), 0) + size
+        parts[part_of(name)] += size
         if part_of(name) == "experts" and "bias" not in name:
             matrix_bytes += size
     weights = config.layers * config.experts * 3 * config.hidden * config.intermediate

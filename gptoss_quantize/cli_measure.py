@@ -1,16 +1,30 @@
-"""The command `compare`: its options, what the two profiles stand for, and what is printed at the end."""
+"""The commands that measure a checkpoint against its baseline: evaluate and compare."""
 
 import shlex
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import Dtype, console, progress
+from gptoss_quantize.cli_options import (
+    AdapterOpt,
+    ChatOpt,
+    ColumnOpt,
+    Dtype,
+    DtypeOpt,
+    RevisionOpt,
+    SeqLenOpt,
+    TextOpt,
+    check_json,
+    write_numbers,
+)
+from gptoss_quantize.terminal import console
 
 STYLES = {"equivalent": "green", "uncertain": "yellow", "unmeasured": "yellow", "worse": "red", "broken": "bold red"}
 
@@ -22,30 +36,46 @@ class Profile(StrEnum):
     full = "full"
 
 
-# items in all, tokens per text, tokens for the experts, example prompts, new tokens
-PROFILES: dict[Profile, tuple[int | None, int, int, int, int]] = {
-    Profile.quick: (300, 2048, 1024, 1, 24),
-    Profile.full: (None, 8192, 2048, 3, 40),
-}
+def evaluate(
+    candidate: Annotated[Path, typer.Argument(help="Checkpoint to judge: int4, bf16 or MXFP4.")],
+    baseline: Annotated[str, typer.Option(help="The unquantized model, a directory or hub name.")],
+    text: TextOpt = "heldout",
+    tokens: Annotated[int | None, typer.Option(min=2, help="Token budget; all of the text without it.")] = None,
+    seq_len: SeqLenOpt = 512,
+    column: ColumnOpt = None,
+    chat_template: ChatOpt = True,
+    adapter: AdapterOpt = None,
+    revision: RevisionOpt = None,
+    dtype: DtypeOpt = Dtype.float32,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Compare CANDIDATE with the unquantized model: perplexity, KL divergence, top-1 agreement."""
+    from gptoss_quantize import api
 
-
-def _profile(profile: Profile, tasks: int, limit: int | None) -> tuple[int | None, int, int, int, int]:
-    """Return (items per task, tokens per text, expert tokens, prompts, new tokens)."""
-    items, text, experts, prompts, new = PROFILES[profile]
-    if limit is None and items is not None and tasks:
-        limit = max(1, -(-items // tasks))
-    return limit, text, experts, prompts, new
-
-
-def _candidates(paths: list[Path]) -> dict[str, Path]:
-    """Return a short name for every candidate: the directory's, or the whole path where two are alike."""
-    names = [path.resolve().name for path in paths]
-    if len({path.resolve() for path in paths}) != len(paths):
-        raise InputError("a candidate is named twice; give every checkpoint once")
-    return {
-        str(path) if names.count(name) > 1 or name == "baseline" else name: path
-        for name, path in zip(names, paths, strict=True)
-    }
+    check_json(json_out)
+    found = api.evaluate(
+        {str(candidate): candidate},
+        baseline,
+        text=text,
+        tokens=tokens,
+        seq_len=seq_len,
+        column=column,
+        chat_template=chat_template,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype.value,
+        progress=True,
+    )
+    write_numbers(json_out, found.report)
+    (result,) = found.report["results"].values()
+    table = Table(title=escape(f"{candidate} against {baseline}, {result['tokens']} tokens"))
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    for name in ("baseline_perplexity", "perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement"):
+        error = result.get(name + "_se")
+        table.add_row(name, f"{result[name]:.4f}", "" if error is None else f"{error:.4f}")
+    Console().print(table)
 
 
 def compare(
@@ -79,49 +109,31 @@ def compare(
 
     Run again to continue an interrupted comparison or to add a checkpoint: what was computed is kept.
     """
-    from gptoss_quantize.api import DTYPES, compare_models
-    from gptoss_quantize.calibration.text import TextSpec
-    from gptoss_quantize.eval.compare import Settings
-    from gptoss_quantize.eval.examples import PROMPTS
-    from gptoss_quantize.eval.tasks import TaskSettings, expand
-    from gptoss_quantize.machine import compute_dtype
+    from gptoss_quantize import api
 
-    names = [] if tasks == "none" else expand([name.strip() for name in tasks.split(",") if name.strip()])
-    limit, budget, routed, prompts, new_tokens = _profile(profile, len(names), limit)
-    settings = Settings(
-        texts=tuple(
-            TextSpec(
-                source=source,
-                column=column,
-                tokens=text_tokens or max(budget, seq_len),
-                seq_len=seq_len,
-                shuffle=False,
-            )
-            for source in text or ["heldout"]
-        ),
-        tasks=TaskSettings(
-            names=tuple(names), limit=limit, num_fewshot=num_fewshot, apply_chat_template=apply_chat_template
-        )
-        if names
-        else None,
-        dtype=DTYPES[dtype.value] or compute_dtype("cpu"),
-        expert_tokens=routed if expert_tokens is None else expert_tokens,
-        prompts=PROMPTS[: prompts if examples is None else examples],
-        new_tokens=new_tokens,
-        margin=margin / 100,
+    done = api.compare(
+        candidates,
+        baseline,
+        report,
+        text=text or "heldout",
+        tasks=tasks,
+        profile=profile.value,
+        text_tokens=text_tokens,
+        seq_len=seq_len,
+        column=column,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        margin=margin,
+        expert_tokens=expert_tokens,
+        examples=examples,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype.value,
+        command=shlex.join(["gptoss-quantize", *sys.argv[1:]]),
+        progress=True,
     )
-    with progress() as bar:
-        record = compare_models(
-            baseline,
-            _candidates(candidates),
-            settings,
-            report,
-            adapter=adapter,
-            revision=revision,
-            command=shlex.join(["gptoss-quantize", *sys.argv[1:]]),
-            bar=bar,
-        )
-    print_verdicts(record, report)
+    print_verdicts(done.report, report)
 
 
 def print_verdicts(record: dict[str, Any], report: Path) -> None:
@@ -132,3 +144,6 @@ def print_verdicts(record: dict[str, Any], report: Path) -> None:
             f"[{style}]{escape(entry['name'])}[/{style}]: {escape(entry['verdict']['sentence'])}", highlight=False
         )
     console.print(f"{report / 'report.html'} written, {record['seconds']:.0f} s")
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"evaluate": evaluate, "compare": compare}
