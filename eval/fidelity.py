@@ -1,4 +1,4 @@
-"""Any number of checkpoints against their baseline on one text: perplexity, divergence and agreement, as one record."""
+"""Any number of checkpoints against their baseline on one text: perplexity, divergence and agreement."""
 
 import time
 from collections.abc import Mapping

@@ -16,7 +16,6 @@ REPORT_NAME = "quantization_report.json"
 LEAST_COSINE = 0.9
 PROBE_ROWS = 256
 READ_BYTES = 1 << 24
-PARTS = ("embedding and head", "norms", "attention", "routers", "experts")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -69,12 +68,11 @@ def cost(checkpoint: Checkpoint) -> dict[str, Any]:
     stored bit of the file's tensors over every parameter of the unquantized model.
     """
     config = checkpoint.config
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = {}
     matrix_bytes = 0
-    # as stored: `--dense int8` has other names than the model
     for name in checkpoint.names():
         size = checkpoint.info(name).nbytes
-        parts[part_of(name)] += size
+        parts[part_of(name)] = parts.get(part_of(name), 0) + size
         if part_of(name) == "experts" and "bias" not in name:
             matrix_bytes += size
     weights = config.layers * config.experts * 3 * config.hidden * config.intermediate

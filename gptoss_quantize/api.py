@@ -6,10 +6,10 @@
     found = gq.evaluate("gpt-oss-20b-int4", "openai/gpt-oss-20b")
     print(made.bits_per_weight, found["gpt-oss-20b-int4"].kl_mean)
 
-A model is a directory or a hub name. What is refused raises `InputError`, a `ValueError` whose message says what, where
-and the remedy; it names options as the command line spells them. `progress` is a function of (phase, done, total),
-True for a bar in a terminal or a notebook, or None. `dtype` is auto (what the machine multiplies fastest), float32 or
-bfloat16.
+A model is a directory or a hub name. What is refused raises `InputError`, a `ValueError` whose message says what,
+where, and the remedy; it names options as the command line spells them. `progress` is a function of (phase, done,
+total), True for a bar in a terminal or a notebook, or None. `dtype`, that of matrix products, is auto (what the
+machine multiplies fastest), float32 or bfloat16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -222,8 +222,8 @@ def compare(
 ) -> Comparison:
     """Compare checkpoints with the unquantized model: texts, tasks, experts, examples, cost; write a report.
 
-    Into `out` go report.html, report.json, README.md and the tasks. What was computed stays in `out`/cache: a run that
-    was interrupted, or that has one more candidate, computes what is missing. Needs the extra `eval`.
+    Into `out` go report.html, report.json, README.md and the tasks. What was computed stays in `out`/cache: a run
+    that was interrupted, or that has one more candidate, computes what is missing. Needs the extra `eval`.
 
     Args:
         candidates: as for `evaluate`.

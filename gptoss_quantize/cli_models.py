@@ -104,7 +104,7 @@ def demo_table(model: Path, reports: dict[str, dict[str, Any]], results: dict[st
         report = reports[name]
         table.add_row(
             name,
-            f"{int4.bits_per_weight(64, 64):.2f}",
+            f"{report['expert_bits_per_weight']:.2f}",
             f"{result['perplexity']:.2f}",
             f"{result['kl_mean']:.4f}",
             f"{result['kl_p99']:.3f}",

@@ -1,8 +1,8 @@
-"""One way to say how far a work is: `progress(phase, done, total)`, called at the start (done = 0) and after each step.
+"""One way to say how far a work is: `progress(phase, done, total)`, called at its start and after each step.
 
-`phase` names the work and what is counted ("gptq int4 group 64: layer"). What stands behind it in brackets is news and
-may change from call to call ("polish: step (KL 0.0313)"). `total` is 0 where it is not known. Interrupting the work
-from inside the call, by an exception, is allowed: an unfinished run is left as Ctrl-C leaves it.
+`phase` names the work and what is counted ("gptq int4 group 64: layer"). What stands behind it in brackets is news
+and may change from call to call ("polish: step (KL 0.0313)"). `total` is 0 where it is not known. Interrupting the
+work from inside the call, by an exception, is allowed: an unfinished run is left as Ctrl-C leaves it.
 """
 
 from collections.abc import Callable

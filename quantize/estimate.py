@@ -16,7 +16,7 @@ from gptoss_quantize.checkpoint import Checkpoint, Expert
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.flops import layer_flops, matmul_rate
 from gptoss_quantize.kernels import mxfp4
-from gptoss_quantize.quantize.budget import reuse_memory
+from gptoss_quantize.machine import reuse_memory
 from gptoss_quantize.quantize.formats import pick_format
 from gptoss_quantize.quantize.layer import Clock, Routed, calibrated_layer, round_layer
 from gptoss_quantize.quantize.recipes import Recipe

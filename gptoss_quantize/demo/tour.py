@@ -48,9 +48,7 @@ def make_synthetic_model(
 ) -> dict[str, Any]:
     """Write a model of true shape with random weights and return facts about it."""
     show = phases(progress)(f"synthetic {like}: layer")
-    return build_synthetic_model(
-        dest, like=like, sample_text=sample_text(), layers=layers, seed=seed, progress=show
-    )
+    return build_synthetic_model(dest, like=like, sample_text=sample_text(), layers=layers, seed=seed, progress=show)
 
 
 def sample_text() -> str:

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.progress import Progress
 
-from gptoss_quantize.api import quantize_model
-from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize import api
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.quantize import output
@@ -133,14 +131,10 @@ def test_source_that_changes_between_layers(tiny, tmp_path, undisturbed):
 def test_calibration_text_that_changed(tiny, tmp_path, monkeypatch):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("\n\n".join(f"Part {i}. " + tiny.text * 3 for i in range(30)))
-    job = Job(dest=out, method="gptq", recipe=RECIPES["gptq"], device="cpu", dtype=torch.float32)
 
     def run(**options) -> None:
-        changed = Job(**{name: getattr(job, name) for name in Job.__slots__} | options)
-        with Progress(disable=True) as bar:
-            quantize_model(
-                str(tiny.path("mxfp4")), TextSpec(source=str(text), tokens=512, seq_len=64), changed, bar=bar
-            )
+        asked = {"calibration": text, "tokens": 512, "seq_len": 64, "device": "cpu", "dtype": "float32"}
+        api.quantize(tiny.path("mxfp4"), out, **asked | options)
 
     with monkeypatch.context() as patch:
         patch.setattr(output.Output, "write_shard", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
