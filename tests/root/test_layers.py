@@ -39,10 +39,16 @@ def layer(module: str) -> str:
     return part if part in ORDER else "root"
 
 
+def for_checkers(node: ast.AST) -> bool:
+    """Whether a statement is for type checkers only, and never executed."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(tree: ast.Module) -> set[str]:
     """Full names that a module imports anywhere, at the top or inside a function."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    executed = ast.Module([node for node in tree.body if not for_checkers(node)], [])
+    for node in ast.walk(executed):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -85,6 +91,19 @@ def test_measuring_knows_nothing_of_quantizing():
     for name, tree in TREES.items():
         if layer(name) == "eval":
             assert not [other for other in ours(tree) if layer(other) == "quantize"], name
+
+
+def test_only_the_package_names_what_it_does_not_import():
+    # its public functions come from above it, on first use
+    seen = {name for name, tree in TREES.items() if any(map(for_checkers, ast.walk(tree)))}
+    assert seen == {"gptoss_quantize"}
+
+
+def test_rich_draws_for_people_only():
+    above = {"gptoss_quantize.terminal"} | {name for name in MODULES if layer(name) == "cli"}
+    assert not [
+        name for name in MODULES.keys() - above if any(i.split(".")[0] == "rich" for i in imports(TREES[name]))
+    ]
 
 
 def test_no_import_cycle():
