@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -327,19 +326,19 @@ def test_every_parameter_is_described():
         assert not missing, f"{name}: {missing}"
 
 
-def _spawned(queue: multiprocessing.Queue, function) -> None:
-    queue.put((function.__module__, function.__name__))
+def test_the_document_is_current():
+    script = Path(__file__).resolve().parents[2] / "scripts" / "make_api_docs.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_function_travels_to_a_spawned_process():
-    context = multiprocessing.get_context("spawn")
     code = """
         import multiprocessing, gptoss_quantize as gq
         from gptoss_quantize.quantize.recipes import RECIPES
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             print(pool.apply(repr, (gq.quantize,)).split()[1], pool.apply(len, (RECIPES,)))
     """
-    assert context is not None
     assert python(textwrap.dedent(code)).split() == ["quantize", "5"]
 
 
