@@ -1,6 +1,6 @@
 """Write docs/api.md from the docstrings and signatures of the public interface.
 
-Usage: make_api_docs.py [--check]                                                                     (`make docs-api`)
+Usage: make_api_docs.py [--check]                                                                  (`make docs-api`)
 
 --check writes nothing and exits with 1 where the file is not what would be written (a test does the same). Signatures
 are read from the source, so that they name types as it does.
@@ -60,9 +60,9 @@ def _one(arg: ast.arg, default: ast.expr | None) -> str:
 def paragraphs(text: str) -> str:
     """Return a docstring in Markdown: what stands under Args becomes a list, indented lines code."""
     before, _, listed = text.partition("Args:\n")
-    lines = ["" if not line else line for line in before.strip().splitlines()]
-    out, code = [], False
-    for line in lines:
+    out: list[str] = []
+    code = False
+    for line in before.strip().splitlines():
         if line.startswith("    ") != code and line:
             code = not code
             out.append("```python" if code else "```")
