@@ -130,13 +130,20 @@ def quantize(
             job = replace(job, polish_text=load_following(text, tokenizer, text_needed(polish, seq_len)))
     with showing(progress) as show, joined(job.device) as ranks:
         layers, phase = source.config.layers, f"{method} {format} group {group}: layer"
-        show(phase, 0, layers)
+
+        def on_layer(index: int) -> None:
+            show(phase, index + 1, layers)
+
+        def on_step(step: int, kl: float) -> None:
+            show(f"polish: step (KL {kl:.4f})", step, polish)
+
+        on_layer(-1)
         report = quantize_checkpoint(
             source,
             job,
             calibrating,
-            lambda index: show(phase, index + 1, layers),
-            lambda step, kl: show(f"polish: step (KL {kl:.4f})", step, polish),
+            on_layer,
+            on_step,
             ranks,
         )
     if not ranks.rank:
