@@ -113,8 +113,9 @@ class Verification:
 
     @property
     def agrees(self) -> bool:
-        """Return whether something was checked and nothing disagrees."""
-        return not self.disagreeing and any(row["verdict"] == "agrees" for row in self.report)
+        """Return whether predictions were judged, which needs a baseline, and nothing disagrees."""
+        judged = [row for row in self.report if row["got"] is not None and row["verdict"] == "agrees"]
+        return bool(judged) and not self.disagreeing
 
 
 @dataclass(frozen=True, slots=True)

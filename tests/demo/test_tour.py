@@ -145,18 +145,21 @@ def test_two_demos_at_once_do_not_delete_each_other(demo, tmp_path):
 def test_the_command_prints_table_and_answers(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["gptoss-quantize", "demo", str(out), "--methods", "rtn", "--tokens", "512",
-                                      "--eval-tokens", "1024"])  # fmt: skip
-    cli.main()
-    printed = capsys.readouterr().out
-    assert "int4 experts, group 64, against the unquantized model" in printed
+    words = ["gptoss-quantize", "demo", str(out), "--methods", "rtn", "--tokens", "512", "--eval-tokens", "1024"]
+
+    def run(*more: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    code, printed, _ = run()
+    assert code == 0 and "int4 experts, group 64, against the unquantized model" in printed
     assert "rtn" in printed and "4.25" in printed and "unquantized:" in printed
     assert f"numbers in {out}/demo.json" in printed
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1 and "--overwrite" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite"])
-    cli.main()
+    code, printed, err = run()
+    assert (code, printed) == (1, "") and "--overwrite" in err
+    assert run("--overwrite")[0] == 0
 
 
 def test_sample_text_is_the_packaged_one():
