@@ -6,14 +6,11 @@ import sys
 
 import pytest
 import torch
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 import gptoss_quantize
 from gptoss_quantize import loading
-from gptoss_quantize.api import quantize_model
-from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
@@ -251,11 +248,9 @@ def test_unknown_kernel(quantized):
 
 def test_adapter_on_int4(quantized, tiny, tmp_path):
     adapter = tiny.adapter(tmp_path / "adapter")
-    job = Job(dest=tmp_path / "out", method="rtn", recipe=RECIPES["rtn"])
     path = str(quantized())
     words = (path, "adapter cannot be merged into int4", "give the bf16 or MXFP4 base")
-    spec, bar = TextSpec(), Progress(disable=True)
-    refused(lambda: quantize_model(path, spec, job, adapter=adapter, bar=bar), *words)
+    refused(lambda: gptoss_quantize.quantize(path, tmp_path / "out", "rtn", adapter=adapter), *words)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 

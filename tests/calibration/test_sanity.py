@@ -10,12 +10,12 @@ from rich.progress import Progress
 
 from gptoss_quantize import api, sanity
 from gptoss_quantize.api import quantize_model
+from gptoss_quantize.calibration.sanity import counting, look, suspicion
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.sanity import counting, look, suspicion
 
 V = 49152
 
