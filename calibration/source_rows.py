@@ -1,7 +1,7 @@
 """What all sources of text share: a row and where it was found, orders, columns.
 
-Orders come from the raw stream of a private PCG64, which numpy guarantees to be the same on every platform and in every
-version (its `shuffle` and `permutation` are not); no global random state is read or changed.
+Orders come from the raw stream of a private PCG64, which numpy guarantees to be the same on every platform and in
+every version (its `shuffle` and `permutation` are not); no global random state is read or changed.
 """
 
 from collections.abc import Collection, Iterable

@@ -133,8 +133,8 @@ def test_the_builtin_eval_is_not_hidden():
 
 
 def test_no_handler_swallows_everything():
-    # `except Exception` is allowed where it ends in a raise: some libraries raise nothing narrower; and where it becomes
-    # a FAILED line, which ends the command with 1
+    # `except Exception` is allowed where it ends in a raise: some libraries raise nothing narrower; and where it
+    # becomes a FAILED line, which ends the command with 1
     wrong = []
     for where, handler in nodes(ast.ExceptHandler):
         caught = set() if handler.type is None else {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
