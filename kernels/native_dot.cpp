@@ -15,13 +15,10 @@ namespace {
 
 #if defined(__AVX512BW__)
 constexpr int kBytes = 64;
-constexpr int kManyRows = 2;  // rows at a time with kTokens terms: 32 registers
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
-constexpr int kManyRows = 1;
 #else
 constexpr int kBytes = 16;
-constexpr int kManyRows = 1;
 #endif
 constexpr int kLanes = kBytes / 4;
 
@@ -62,6 +59,11 @@ template <typename V> inline V load_part(const void* p, int64_t bytes) {
   std::memcpy(&v, p, static_cast<size_t>(bytes));
   return v;
 #endif
+}
+
+// Told what comes next, the processor reads while it computes. With many terms the arithmetic takes longer anyway.
+template <int TOKENS> inline void ahead(const void* p) {
+  if (TOKENS < 4) __builtin_prefetch(static_cast<const uint8_t*>(p) + 2048);
 }
 
 // the factors of a block of 2 * kBytes int4 columns, spread over the lanes that hold each group's sum
@@ -163,119 +165,105 @@ inline float half(uint16_t h) {
   return value;
 }
 
-template <int ROWS, int TOKENS, float (*WIDEN)(uint16_t)>
+// the scales of one row times each term's powers of two
+template <int TOKENS, float (*WIDEN)(uint16_t)>
 inline void factors(const uint16_t* scale, int64_t groups, int64_t columns, const uint8_t* const* terms, float* out) {
-  const int64_t stride = groups + 16;
-  for (int r = 0; r < ROWS; ++r)
-    for (int t = 0; t < TOKENS; ++t) {
-      const float* by = reinterpret_cast<const float*>(terms[t] + factor_at(columns));
-      float* to = out + (r * TOKENS + t) * stride;
-      for (int64_t g = 0; g < groups; ++g) to[g] = WIDEN(scale[r * groups + g]) * by[g];
-      for (int64_t g = groups; g < groups + 4; ++g) to[g] = 0;
-    }
+  for (int t = 0; t < TOKENS; ++t) {
+    const float* by = reinterpret_cast<const float*>(terms[t] + factor_at(columns));
+    float* to = out + t * (groups + 16);
+    for (int64_t g = 0; g < groups; ++g) to[g] = WIDEN(scale[g]) * by[g];
+    for (int64_t g = groups; g < groups + 4; ++g) to[g] = 0;
+  }
 }
 
-template <int GROUP, int ROWS, int TOKENS> struct Tile4 {
+// one row at a time, since one stream of bytes is what processors read fastest; terms share its codes
+template <int GROUP, int TOKENS> struct Row4 {
+  static int64_t bytes(int64_t columns) { return columns / 2; }
+
   static void run(const uint8_t* weight, const uint16_t* scale, int64_t columns, const uint8_t* const* terms,
                   float* scratch, float* out, int64_t stride) {
-    const int64_t groups = columns / GROUP, row = columns / 2, whole = row / kBytes, rest = row % kBytes;
-    factors<ROWS, TOKENS, widen>(scale, groups, columns, terms, scratch);
+    const int64_t groups = columns / GROUP, whole = columns / 2 / kBytes, rest = columns / 2 % kBytes;
     const int64_t offsets = offset_at(columns);
-    VF sum[ROWS][TOKENS] = {};
-    auto block = [&](const VU16* codes, int64_t b) __attribute__((always_inline)) {
-      for (int r = 0; r < ROWS; ++r) {
-        const VU16 v = codes[r];
-        const VI16 n0 = (VI16)(v & 15), n1 = (VI16)((v >> 4) & 15), n2 = (VI16)((v >> 8) & 15), n3 = (VI16)(v >> 12);
-        for (int t = 0; t < TOKENS; ++t) {
-          const uint8_t* x = terms[t] + b * 4 * kBytes;
-          VI32 dot = load<VI32>(terms[t] + offsets + b * kBytes);
-          dot = madd(dot, n0, load<VI16>(x));
-          dot = madd(dot, n1, load<VI16>(x + kBytes));
-          dot = madd(dot, n2, load<VI16>(x + 2 * kBytes));
-          dot = madd(dot, n3, load<VI16>(x + 3 * kBytes));
-          sum[r][t] += to_float(dot) * spread<GROUP>(scratch + (r * TOKENS + t) * (groups + 16), b);
-        }
+    factors<TOKENS, widen>(scale, groups, columns, terms, scratch);
+    VF sum[TOKENS] = {};
+    auto block = [&](VU16 v, int64_t b) __attribute__((always_inline)) {
+      const VI16 n0 = (VI16)(v & 15), n1 = (VI16)((v >> 4) & 15), n2 = (VI16)((v >> 8) & 15), n3 = (VI16)(v >> 12);
+      for (int t = 0; t < TOKENS; ++t) {
+        const uint8_t* x = terms[t] + b * 4 * kBytes;
+        VI32 dot = load<VI32>(terms[t] + offsets + b * kBytes);
+        dot = madd(dot, n0, load<VI16>(x));
+        dot = madd(dot, n1, load<VI16>(x + kBytes));
+        dot = madd(dot, n2, load<VI16>(x + 2 * kBytes));
+        dot = madd(dot, n3, load<VI16>(x + 3 * kBytes));
+        sum[t] += to_float(dot) * spread<GROUP>(scratch + t * (groups + 16), b);
       }
     };
-    VU16 codes[ROWS];
     for (int64_t b = 0; b < whole; ++b) {
-      for (int r = 0; r < ROWS; ++r) codes[r] = load<VU16>(weight + r * row + b * kBytes);
-      block(codes, b);
+      ahead<TOKENS>(weight + b * kBytes);
+      block(load<VU16>(weight + b * kBytes), b);
     }
-    if (rest) {
-      for (int r = 0; r < ROWS; ++r) codes[r] = load_part<VU16>(weight + r * row + whole * kBytes, rest);
-      block(codes, whole);
-    }
-    for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < TOKENS; ++t) out[t * stride + r] = total(sum[r][t]);
+    if (rest) block(load_part<VU16>(weight + whole * kBytes, rest), whole);
+    for (int t = 0; t < TOKENS; ++t) out[t * stride] = total(sum[t]);
   }
-  static int64_t row_bytes(int64_t columns) { return columns / 2; }
-  static int64_t groups(int64_t columns) { return columns / GROUP; }
 };
 
-template <int GROUP, int ROWS, int TOKENS> struct Tile8 {
+template <int GROUP, int TOKENS> struct Row8 {
   static_assert(GROUP == 32, "int8 has a scale for 32 columns");
+  static int64_t bytes(int64_t columns) { return columns; }
+
   static void run(const uint8_t* weight, const uint16_t* scale, int64_t columns, const uint8_t* const* terms,
                   float* scratch, float* out, int64_t stride) {
     constexpr int kStep = kBytes / 2;  // codes that one vector of 16-bit integers holds
-    const int64_t groups = columns / 32;
-    factors<ROWS, TOKENS, half>(scale, groups, columns, terms, scratch);
-    VF sum[ROWS][TOKENS] = {};
-    for (int64_t g = 0; g < groups; ++g)
-      for (int r = 0; r < ROWS; ++r) {
-        VI16 codes[32 / kStep];
-        for (int i = 0; i < 32 / kStep; ++i)
-          codes[i] = __builtin_convertvector(load<VI8>(weight + r * columns + g * 32 + i * kStep), VI16);
-        for (int t = 0; t < TOKENS; ++t) {
-          VI32 dot = {};
-          for (int i = 0; i < 32 / kStep; ++i) dot = madd(dot, codes[i], load<VI16>(terms[t] + (g * 32 + i * kStep) * 2));
-          sum[r][t] += to_float(dot) * scratch[(r * TOKENS + t) * (groups + 16) + g];
-        }
+    const int64_t groups = columns / GROUP;
+    factors<TOKENS, half>(scale, groups, columns, terms, scratch);
+    VF sum[TOKENS] = {};
+    for (int64_t g = 0; g < groups; ++g) {
+      ahead<TOKENS>(weight + g * GROUP);
+      VI16 codes[GROUP / kStep];
+      for (int i = 0; i < GROUP / kStep; ++i)
+        codes[i] = __builtin_convertvector(load<VI8>(weight + g * GROUP + i * kStep), VI16);
+      for (int t = 0; t < TOKENS; ++t) {
+        VI32 dot = {};
+        for (int i = 0; i < GROUP / kStep; ++i)
+          dot = madd(dot, codes[i], load<VI16>(terms[t] + (g * GROUP + i * kStep) * 2));
+        sum[t] += to_float(dot) * scratch[t * (groups + 16) + g];
       }
-    for (int r = 0; r < ROWS; ++r)
-      for (int t = 0; t < TOKENS; ++t) out[t * stride + r] = total(sum[r][t]);
+    }
+    for (int t = 0; t < TOKENS; ++t) out[t * stride] = total(sum[t]);
   }
-  static int64_t row_bytes(int64_t columns) { return columns; }
-  static int64_t groups(int64_t columns) { return columns / 32; }
 };
 
-// all rows by TOKENS terms, ROWS rows at a time and what is left one by one
-template <template <int, int, int> class TILE, int GROUP, int ROWS, int TOKENS>
-void over_rows(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, const uint8_t* const* terms,
-               float* scratch, float* out, int64_t stride) {
-  typedef TILE<GROUP, 1, TOKENS> One;
-  int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    TILE<GROUP, ROWS, TOKENS>::run(weight + r * One::row_bytes(columns), scale + r * One::groups(columns), columns, terms,
-                                   scratch, out + r, stride);
-  for (; r < rows; ++r)
-    One::run(weight + r * One::row_bytes(columns), scale + r * One::groups(columns), columns, terms, scratch, out + r,
-             stride);
+template <typename ROW>
+void over_rows(const uint8_t* weight, const uint16_t* scale, int64_t groups, int64_t rows, int64_t columns,
+               const uint8_t* const* terms, float* scratch, float* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    ROW::run(weight + r * ROW::bytes(columns), scale + r * groups, columns, terms, scratch, out + r, stride);
 }
 
-template <template <int, int, int> class TILE, int GROUP>
+template <template <int, int> class ROW, int GROUP>
 void over_terms(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, const uint8_t* const* terms,
                 int64_t count, float* scratch, float* out, int64_t stride) {
+  const int64_t groups = columns / GROUP;
   int64_t t = 0;
   for (; t + 4 <= count; t += 4)
-    over_rows<TILE, GROUP, kManyRows, 4>(weight, scale, rows, columns, terms + t, scratch, out + t * stride, stride);
+    over_rows<ROW<GROUP, 4>>(weight, scale, groups, rows, columns, terms + t, scratch, out + t * stride, stride);
   for (; t + 2 <= count; t += 2)
-    over_rows<TILE, GROUP, 2, 2>(weight, scale, rows, columns, terms + t, scratch, out + t * stride, stride);
+    over_rows<ROW<GROUP, 2>>(weight, scale, groups, rows, columns, terms + t, scratch, out + t * stride, stride);
   for (; t < count; ++t)
-    over_rows<TILE, GROUP, 4, 1>(weight, scale, rows, columns, terms + t, scratch, out + t * stride, stride);
+    over_rows<ROW<GROUP, 1>>(weight, scale, groups, rows, columns, terms + t, scratch, out + t * stride, stride);
 }
 
 void dot4(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
           const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
   if (group == 64)
-    over_terms<Tile4, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+    over_terms<Row4, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
   else
-    over_terms<Tile4, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+    over_terms<Row4, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
 }
 
 void dot8(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t,
           const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
-  over_terms<Tile8, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+  over_terms<Row8, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
 }
 
 // --- bfloat16: each block of 2 * kLanes columns as the even ones, then the odd ones
@@ -305,7 +293,10 @@ inline void tile16(const uint16_t* weight, int64_t columns, const uint8_t* const
   };
   VU32 pairs[ROWS];
   for (int64_t b = 0; b < whole; ++b) {
-    for (int r = 0; r < ROWS; ++r) pairs[r] = load<VU32>(weight + r * columns + b * 2 * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      pairs[r] = load<VU32>(weight + r * columns + b * 2 * kLanes);
+      ahead<TOKENS>(weight + r * columns + b * 2 * kLanes);
+    }
     block(pairs, b);
   }
   if (rest) {
@@ -328,8 +319,8 @@ void dot16(const uint16_t* weight, int64_t rows, int64_t columns, const uint8_t*
            int64_t stride) {
   int64_t t = 0;
   for (; t + 4 <= count; t += 4) rows16<2, 4>(weight, rows, columns, terms + t, out + t * stride, stride);
-  for (; t + 2 <= count; t += 2) rows16<4, 2>(weight, rows, columns, terms + t, out + t * stride, stride);
-  for (; t < count; ++t) rows16<4, 1>(weight, rows, columns, terms + t, out + t * stride, stride);
+  for (; t + 2 <= count; t += 2) rows16<1, 2>(weight, rows, columns, terms + t, out + t * stride, stride);
+  for (; t < count; ++t) rows16<1, 1>(weight, rows, columns, terms + t, out + t * stride, stride);
 }
 
 void activate(const float* gate_up, const float* bias, int64_t width, float limit, float alpha, float* out) {

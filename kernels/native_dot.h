@@ -31,7 +31,6 @@ struct DotKernels {
 };
 
 constexpr int64_t kTokens = 4;  // at most so many terms share a pass over the weights
-constexpr int64_t kRows = 4;    // at most so many rows share a pass over the activations
 
 // floats of scratch that dot4 and dot8 want
-inline int64_t scratch_floats(int64_t columns, int64_t group) { return kRows * kTokens * (columns / group + 16); }
+inline int64_t scratch_floats(int64_t columns, int64_t group) { return kTokens * (columns / group + 16); }
