@@ -130,6 +130,10 @@ class Checkpoint:
         """Return dtype, shape and place of a stored tensor."""
         return self._shard_of[name].tensors[name]
 
+    def shard(self, name: str) -> ShardFile:
+        """Return the file that holds a stored tensor."""
+        return self._shard_of[name]
+
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
         return sorted(self._shard_of)
