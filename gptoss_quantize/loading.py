@@ -41,8 +41,8 @@ def load(
     """Return a model ready for `generate`, its experts packed: about 4.25 bits each, 16 for the rest.
 
     Attention, embedding and head that are stored in 8 bits stay so as well. `dtype` is that of the activations and of
-    everything else. On a CPU the experts stay in the mapped files, which must not change while the model lives; on other
-    devices they are copied. `kernel`: "auto" for the fastest (kernels.experts_op), "torch" for the definition.
+    everything else. On a CPU the experts stay in the mapped files, which must not change while the model lives; for
+    other devices they are copied. `kernel`: "auto" for the fastest (kernels.experts_op), "torch" for the definition.
     InputError for a directory that is not one of ours or not complete.
     """
     checkpoint = Checkpoint(Path(path))

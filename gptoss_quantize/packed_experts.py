@@ -1,4 +1,4 @@
-"""The module that stands where transformers has GptOssExperts: int4 experts in mapped files, or stacked on a device."""
+"""The module in the place of transformers' GptOssExperts: int4 experts in mapped files, or stacked on a device."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +29,13 @@ class PackedExpertsModule(nn.Module):
         for name in list(self._buffers):
             delattr(self, name)
         if isinstance(experts, MappedExperts):
-            self.sizes, self.storages = (experts.intermediate, experts.group, experts.bias_dtype), len(experts.storages)
-            tensors = {f"storage_{i}": storage for i, storage in enumerate(experts.storages)} | {"place": experts.place}
+            self.sizes, self.storages = (
+                (experts.intermediate, experts.group, experts.bias_dtype),
+                len(experts.storages),
+            )
+            tensors = {f"storage_{i}": storage for i, storage in enumerate(experts.storages)} | {
+                "place": experts.place
+            }
         else:
             tensors = {name: getattr(experts, name) for name in PackedExperts.__slots__}
         self.mapped = isinstance(experts, MappedExperts)
@@ -91,7 +96,9 @@ def map_experts(checkpoint: Checkpoint, layer: int, maps: dict[Path, torch.Tenso
     """
     config = checkpoint.config
     base = f"model.layers.{layer}.mlp.experts."
-    biases = {checkpoint.info(f"{base}{e}.{part}").dtype for e in range(config.experts) for part in (PARTS[2], PARTS[5])}
+    biases = {
+        checkpoint.info(f"{base}{e}.{part}").dtype for e in range(config.experts) for part in (PARTS[2], PARTS[5])
+    }
     bias_dtype = biases.pop() if len(biases) == 1 else torch.float32
     storages: list[torch.Tensor] = []
     number: dict[Path | str, int] = {}

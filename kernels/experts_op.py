@@ -2,8 +2,8 @@
 
 `experts` takes stacked tensors, `experts_mapped` the same experts wherever they lie in memory (a memory-mapped
 checkpoint, whose tensors are separate for every expert). Both are operators of torch: they have a fake, so that
-`torch.compile` does not break the graph at them, and a gradient for x and the routing weights. Codes, scales and biases
-are frozen. The definition is `kernels.experts.experts_torch`.
+`torch.compile` does not break the graph at them, and a gradient for x and the routing weights. Codes, scales and
+biases are frozen. The definition is `kernels.experts.experts_torch`.
 
     x on            kernel
     CPU             C++ (native_products) for float32, bfloat16, float16; else, and without a compiler, the definition
@@ -82,7 +82,9 @@ def _triton() -> Any:
     return None if module.problem() else module
 
 
-def run(x: Tensor, index: Tensor, prob: Tensor, packed: PackedExperts | MappedExperts, limit: float, alpha: float) -> Tensor:
+def run(
+    x: Tensor, index: Tensor, prob: Tensor, packed: PackedExperts | MappedExperts, limit: float, alpha: float
+) -> Tensor:
     """Return the block output [T, D] in the dtype of x by the fastest kernel for x; no gradient."""
     if _fits_native(x, packed):
         return experts_native(x, index, prob, packed, limit, alpha)
@@ -96,7 +98,7 @@ def run(x: Tensor, index: Tensor, prob: Tensor, packed: PackedExperts | MappedEx
 def kernel_report(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
     """Return which kernel runs packed experts on a device with activations of a dtype, and why."""
     if torch.device(device).type == "cuda":
-        if (triton := _triton()) is not None:
+        if _triton() is not None:
             return "Triton kernels"
         why = "triton kernels are not part of this installation"
         if importlib.util.find_spec(TRITON) is not None:
@@ -120,6 +122,17 @@ def _check(x: Tensor, index: Tensor, prob: Tensor, bits: int) -> None:
             "gptoss_quantize::experts takes x [T, D], index [T, K] and prob [T, K], "
             f"not {tuple(x.shape)}, {tuple(index.shape)}, {tuple(prob.shape)}"
         )
+
+
+def _check_shapes(x: Tensor, packed: PackedExperts) -> None:
+    """Refuse shapes that do not fit each other: the kernels read memory by them."""
+    (E, R, _), D = packed.w13_packed.shape, x.shape[1]
+    F, G13, G2 = R // 2, packed.w13_scale.shape[-1], packed.w2_scale.shape[-1]
+    found = [tuple(getattr(packed, name).shape) for name in PackedExperts.__slots__]
+    if found != [(E, 2 * F, D // 8), (E, 2 * F, G13), (E, 2 * F), (E, D, F // 8), (E, D, G2), (E, D)] or (
+        D % G13 or F % G2 or D // G13 != F // G2
+    ):
+        raise ValueError(f"gptoss_quantize::experts: shapes {found} do not fit each other and x {tuple(x.shape)}")
 
 
 # --- stacked
@@ -146,6 +159,7 @@ def experts(  # noqa: PLR0913 - an operator takes tensors, not a dataclass
     """
     _check(x, index, prob, bits)
     packed = PackedExperts(w13_packed, w13_scale, w13_bias, w2_packed, w2_scale, w2_bias)
+    _check_shapes(x, packed)
     return run(x, index, prob, packed, limit, alpha)
 
 
@@ -185,8 +199,8 @@ experts_backward.register_fake(_gradient_fake)
 def _refuse(needs: tuple[bool, ...], names: tuple[str, ...]) -> None:
     if wanted := [name for name, need in zip(names, needs, strict=True) if need]:
         raise ValueError(
-            f"gptoss_quantize::experts has no gradient for {', '.join(wanted)}: packed experts are frozen, only x and the "
-            "routing weights have one; call requires_grad_(False) on them, or train the unquantized model"
+            f"gptoss_quantize::experts has no gradient for {', '.join(wanted)}: packed experts are frozen, only x "
+            "and the routing weights have one; call requires_grad_(False) on them, or train the unquantized model"
         )
 
 

@@ -1,7 +1,7 @@
 """Linear layers whose weights are int8 or bfloat16, as fast at a few rows as the bytes can be read.
 
-Operators of torch with a fake and a gradient for x and the bias; the weights of `int8_linear` are frozen. Torch's own
-bfloat16 `linear` reads a third of what the memory gives at one row, and without AVX-512 is several times slower at any.
+Operators of torch with a fake and a gradient for x and the bias; the weights of `int8_linear` are frozen. Torch's
+own bfloat16 `linear` is slower at one row, and without AVX-512 several times slower at any number of rows.
 """
 
 import functools
@@ -92,7 +92,9 @@ def _over_rows(slope: Tensor) -> Tensor:
 def _int8_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scale, _ = inputs
     if ctx.needs_input_grad[2]:
-        raise ValueError("gptoss_quantize::int8_linear has no gradient for its scales: call requires_grad_(False) on them")
+        raise ValueError(
+            "gptoss_quantize::int8_linear has no gradient for its scales: call requires_grad_(False) on them"
+        )
     ctx.save_for_backward(codes, scale)
 
 

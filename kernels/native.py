@@ -26,9 +26,11 @@ import torch
 HEADER = Path(__file__).with_name("native.h")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-fPIC")
 LINK = ("-shared", "-pthread", "-ldl")
-# the loops of quantization, for the processor that compiles them; the products, chosen among at run time, for each set
+# loops of quantization: for the processor that compiles them; products: for every set, chosen among at run time
 NATIVE = tuple(HEADER.with_name(name) for name in ("native_solve.cpp", "native_passes.cpp"))
-EXPERTS, DOT, DOT_HEADER = (HEADER.with_name(name) for name in ("native_experts.cpp", "native_dot.cpp", "native_dot.h"))
+EXPERTS, DOT, DOT_HEADER = (
+    HEADER.with_name(name) for name in ("native_experts.cpp", "native_dot.cpp", "native_dot.h")
+)
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTION_SETS = {"portable": ()} | (
     {"avx2": ("-mavx2", "-mfma"), "avx512": _AVX512, "avx512vnni": (*_AVX512, "-mavx512vnni")}
@@ -52,11 +54,13 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, scratch: Path) -> list[str]:
-    """Compile every source into `scratch`; return the objects. An instruction set that the compiler lacks is left out."""
+    """Compile every source into `scratch` and return the objects, without sets that the compiler does not know."""
 
     def one(source: Path, name: str, *flags: str) -> str:
         made = str(scratch / f"{name}.o")
-        subprocess.run([compiler, *FLAGS, *flags, "-c", str(source), "-o", made], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [compiler, *FLAGS, *flags, "-c", str(source), "-o", made], check=True, capture_output=True, text=True
+        )
         return made
 
     def isa(name: str, flags: tuple[str, ...]) -> str | None:

@@ -67,7 +67,9 @@ def _terms(dtype: torch.dtype) -> int:
 
 def takes(x: torch.Tensor, columns: int, group: int) -> bool:
     """Return whether the products below take activations like x for rows of so many columns and groups."""
-    return x.device.type == "cpu" and x.dtype in TYPES and group in GROUPS and not columns % group and native.available()
+    return (
+        x.device.type == "cpu" and x.dtype in TYPES and group in GROUPS and not columns % group and native.available()
+    )
 
 
 def experts(  # noqa: PLR0913 - the operator's own arguments
@@ -98,23 +100,33 @@ def experts(  # noqa: PLR0913 - the operator's own arguments
         _terms(x_TD.dtype), torch.get_num_threads(), _isa(isa), limit, alpha,
     )  # fmt: skip
     if _function("experts_int4")(ctypes.byref(arguments)):
-        raise ValueError(f"experts: expert numbers {int(index_TK.min())}..{int(index_TK.max())} are not all in 0..{E - 1}")
+        found = f"{int(index_TK.min())}..{int(index_TK.max())}"
+        raise ValueError(f"experts: expert numbers {found} are not all in 0..{E - 1}")
     return out_TD
 
 
 def _linear(
-    name: str, x: torch.Tensor, weight_RC: torch.Tensor, scale: torch.Tensor | None, bias_R: torch.Tensor | None, isa: str
+    name: str,
+    x: torch.Tensor,
+    weight_RC: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias_R: torch.Tensor | None,
+    isa: str,
 ) -> torch.Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = flat.new_empty(len(flat), len(weight_RC))
     bias_R = None if bias_R is None else bias_R.contiguous()
+    (R, C), groups = weight_RC.shape, None if scale is None else tuple(scale.shape)
     if not weight_RC.is_contiguous() or (scale is not None and not scale.is_contiguous()):
         raise ValueError(f"{name}: weights and scales must be contiguous")
-    arguments = _Linear(
-        *(None if t is None else t.data_ptr() for t in (flat, weight_RC, scale, bias_R, out)), len(flat), *flat.shape[1:],
-        len(weight_RC), TYPES[x.dtype], 0 if bias_R is None else TYPES[bias_R.dtype], _terms(x.dtype),
-        torch.get_num_threads(), _isa(isa),
-    )  # fmt: skip
+    if flat.shape[1] != C or groups not in (None, (R, C // 32)) or (bias_R is not None and bias_R.shape != (R,)):
+        raise ValueError(f"{name}: {tuple(x.shape)} by weights [{R}, {C}] and scales {groups}: shapes do not fit")
+    # products with bfloat16 weights are of float32 activations, whatever x is
+    terms = 1 if scale is None else _terms(x.dtype)
+    bias_type = 0 if bias_R is None else TYPES[bias_R.dtype]
+    addresses = (None if t is None else t.data_ptr() for t in (flat, weight_RC, scale, bias_R, out))
+    sizes = (len(flat), C, R, TYPES[x.dtype], bias_type, terms, torch.get_num_threads(), _isa(isa))
+    arguments = _Linear(*addresses, *sizes)
     _function(name)(ctypes.byref(arguments))
     return out.view(*x.shape[:-1], len(weight_RC))
 
