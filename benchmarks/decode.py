@@ -1,11 +1,11 @@
 """How fast packed int4 experts run on this CPU, beside the other kernels there are and beside the memory's own speed.
 
-Usage: decode.py [--threads N] [--prefill TOKENS] [--rounds N] [--experts E] [--busy] [--ort]
+Usage: decode.py [--threads N] [--rounds N] [--experts E] [--prefill TOKENS] [--busy] [--ort]
 
 One gpt-oss-20b layer: hidden and intermediate size 2880, 4 of 32 experts for every token, groups of 64. Every row is
-timed in turn, round after round, in one process, and the best of all rounds counts. The read bandwidth is that of a sum
-over 512 MiB with the same threads, measured in the same rounds; a kernel's limit is the bytes of its weights that a
-token needs over that. Different tokens choose different experts, so that no weights come from a cache. Errors are of
+One gpt-oss-20b layer: hidden and intermediate size 2880, 4 of 32 experts for every token, groups of 64. Rows are
+timed in turn, round after round, in one process, and the best of all rounds counts. The read bandwidth is that of a
+sum token needs over that. Different tokens choose different experts, so that no weights come from a cache. Errors are of
 the block's output against float64, relative, in the norm.
 
 --busy counts the time of the calling thread alone, for one thread on a machine that others use: ratios only.
@@ -211,13 +211,13 @@ def main() -> None:
     many = tokens(options.prefill, options.experts, 9)
     buffer = torch.ones(2**27)
 
-    few = tokens(8, options.experts, 3)
+    few = tokens(2, options.experts, 3)
     want = experts_torch(few[0].double(), few[1], few[2].double(), packed, LIMIT, ALPHA)
     errors = {name: float((block(*few).double() - want).norm() / want.norm()) for name, (block, _) in rows.items()}
     decode = {name: (lambda block=block: block(*next(one))) for name, (block, _) in rows.items()}
     dense = linears(1) | linears(8)
     times = interleaved(
-        {"sum": buffer.sum} | decode | {name: call for name, (call, _) in dense.items()}, options.rounds
+        {"sum": buffer.sum} | decode | {name: call for name, (call, _) in dense.items()}, options.rounds, clock
     )
     prefill = interleaved({name: (lambda block=block: block(*many)) for name, (block, _) in rows.items()}, 2, clock)
 
