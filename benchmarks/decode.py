@@ -1,10 +1,10 @@
-"""How fast packed int4 experts run on this CPU, beside the other kernels there are and beside the memory's own speed.
+"""How fast packed int4 experts run on this CPU, beside other kernels and beside the memory's own speed.
 
 Usage: decode.py [--threads N] [--rounds N] [--experts E] [--prefill TOKENS] [--busy] [--ort]
 
-One gpt-oss-20b layer: hidden and intermediate size 2880, 4 of 32 experts for every token, groups of 64. Rows are timed
-in turn, round after round, in one process, and the best of all rounds counts. The read bandwidth is that of a sum over
-512 MiB with the same threads, measured in the same rounds; a kernel's limit is the bytes of its weights that a token
+One gpt-oss-20b layer: hidden and intermediate size 2880, 4 of 32 experts for every token, groups of 64. Rows are
+timed in turn, round after round, in one process, and the best of all rounds counts. The read bandwidth is that of a
+sum over 512 MiB with the same threads, measured in the same rounds; a kernel's limit is the bytes of its weights that a token
 needs over that. Different tokens choose different experts, so that no weights come from a cache. Errors are of the
 block's output against float64, relative, in the norm.
 

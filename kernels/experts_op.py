@@ -88,8 +88,14 @@ def run(
     """Return the block output [T, D] in the dtype of x by the fastest kernel for x; no gradient."""
     if _fits_native(x, packed):
         return experts_native(x, index, prob, packed, limit, alpha)
-    fits_triton = x.device.type == "cuda" and isinstance(packed, PackedExperts) and x.dtype in native_products.TYPES
-    if fits_triton and _group(packed) in native_products.GROUPS and (triton := _triton()) is not None:
+    on_card = x.device.type == "cuda" and x.dtype in native_products.TYPES
+    groups = native_products.GROUPS
+    if (
+        on_card
+        and isinstance(packed, PackedExperts)
+        and _group(packed) in groups
+        and (triton := _triton()) is not None
+    ):
         parts = (getattr(packed, name) for name in PackedExperts.__slots__)
         return triton.experts_triton(x, index, prob, *parts, limit, alpha)
     return experts_torch(x, index, prob, packed, limit, alpha)
