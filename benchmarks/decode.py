@@ -3,10 +3,10 @@
 Usage: decode.py [--threads N] [--rounds N] [--experts E] [--prefill TOKENS] [--busy] [--ort]
 
 One gpt-oss-20b layer: hidden and intermediate size 2880, 4 of 32 experts for every token, groups of 64. Rows are
-timed in turn, round after round, in one process, and the best of all rounds counts. The read bandwidth is that of a
-sum over 512 MiB with the same threads, measured in the same rounds; a kernel's limit is the bytes of its weights that a token
-needs over that. Different tokens choose different experts, so that no weights come from a cache. Errors are of the
-block's output against float64, relative, in the norm.
+timed in turn, round after round, in one process; the best of all rounds counts. The read bandwidth is that of a sum
+over 512 MiB with the same threads in the same rounds; a kernel's limit is the bytes of its weights that a token needs
+over that. Different tokens choose different experts, so that no weights come from a cache. Errors are of the block's
+output against float64, relative, in the norm.
 
 --busy counts the time of the calling thread alone, for one thread on a machine that others use: ratios only.
 --ort adds ONNX Runtime's QMoE (packages onnxruntime and onnx; a private virtual environment will do).
