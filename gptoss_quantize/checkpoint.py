@@ -73,6 +73,10 @@ class Checkpoint(StoredSource):
         """Return dtype, shape and place of a stored tensor."""
         return self.weights.info(name)
 
+    def shard(self, name: str) -> ShardFile:
+        """Return the file that holds a stored tensor."""
+        return self.weights.shard(name)
+
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
         return self.weights.names()
