@@ -24,12 +24,15 @@ from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.eval.report import need_matplotlib, write_report
 from gptoss_quantize.eval.tasks import export
 from gptoss_quantize.hub import resolve
+from gptoss_quantize.layouts import AUTO
 from gptoss_quantize.loading import load
 from gptoss_quantize.machine import compute_dtype, pick_device, release_memory
+from gptoss_quantize.quantize.auto import settle_format
 from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.job import Job
+from gptoss_quantize.quantize.mxfp4_values import look_at
 from gptoss_quantize.quantize.polish import FINAL, NORMS, text_needed
 from gptoss_quantize.quantize.ranks import joined
 from gptoss_quantize.quantize.recipes import RECIPES
@@ -63,6 +66,9 @@ def quantize_model(
     """
     job = replace(job, device=pick_device(job.device))
     source = open_checkpoint(model, adapter, revision)
+    if job.format == AUTO:
+        look = bar.add_task("MXFP4 values: layer", total=source.config.layers)
+        job = settle_format(source, job, lambda done: bar.update(look, completed=done))
     tokens = None
     if job.recipe.calibrated:
         tokenizer = load_tokenizer(source.path)
@@ -213,7 +219,7 @@ def plan_model(wanted: PlanRequest) -> dict[str, Any]:
     group_size, compute = wanted.group_size, compute_dtype("cpu")
     record: dict[str, Any] = {
         **asdict(wanted),
-        "source_is_mxfp4": source is None or source.expert_format == "mxfp4",
+        **look_at(source),
         "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
         "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
         "sparsity": sparsity(wanted.model, config),

@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 refused input (one message, no traceback), 2 usage error, 130 interrupted.
 """
 
-import json
+import io
 import os
 import sys
 from enum import StrEnum
@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import __version__, cli_compare, cli_runtimes, cli_sizes
+from gptoss_quantize import __version__, advice, cli_compare, cli_runtimes, cli_sizes, early
+from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import Dtype, console, keep_mxfp4, progress
+from gptoss_quantize.files import check_begin
+from gptoss_quantize.terminal import Dtype, console, progress
 
 
 class StoppedError(Exception):
@@ -62,6 +64,7 @@ class Format(StrEnum):
 
     int4 = "int4"
     mxfp4 = "mxfp4"
+    auto = "auto"
 
 
 class Group(StrEnum):
@@ -122,7 +125,10 @@ def quantize(
     ] = Method.gptq,
     target: Annotated[
         Format,
-        typer.Option("--format", help="int4: ours. mxfp4: OpenAI's own layout, which runs wherever gpt-oss runs."),
+        typer.Option(
+            "--format",
+            help="int4: ours. mxfp4: OpenAI's own layout. auto: mxfp4 where that keeps every expert exactly.",
+        ),
     ] = Format.int4,
     group_size: Annotated[
         Group | None, typer.Option(help="int4 only. 64 (default): 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
@@ -159,6 +165,20 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize the experts of MODEL to int4 or MXFP4 and write a packed checkpoint to OUT."""
+    early.check_input(model, adapter, revision)
+    early.check_quantize(
+        method=method.value,
+        recipe=recipe or [],
+        target=target.value,
+        group_size=None if group_size is None else int(group_size.value),
+        dense=dense.value,
+        polish=polish,
+    )
+    early.check_text(calibration, tokens, seq_len)
+    early.check_numbers(memory=memory, device=device)
+    if early.alone():
+        inputs = (Path(model), *([] if adapter is None else [adapter]))
+        check_begin(out, "quantize", overwrite=overwrite, resume=resume, inputs=inputs)
     from gptoss_quantize.api import DTYPES, quantize_model
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.layouts import pick_layout
@@ -196,12 +216,8 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
         f"{report['expert_bits_per_weight']:.2f} bits per weight, {report['seconds']:.0f} s, "
         f"peak {report['peak_rss_mib']} MiB"
     )
-    if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
-        what, error = "the experts' outputs", report["mean_output_error"]
-        if error is None:
-            what, error = "the experts' weights", report["weight_error"]
-        lost = f" ({what} move by {100 * error**0.5:.1f} %, rms)"
-        console.print(keep_mxfp4(lost))
+    if said := advice.after_quantizing(report):
+        console.print(said)
     if polish := report.get("polish"):
         console.print(
             f"polish: KL {polish['kl_before']:.4f} -> {polish['kl_after']:.4f} on {polish['heldout_tokens']} "
@@ -238,11 +254,13 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Compare CANDIDATE with the unquantized model: perplexity, KL divergence, top-1 agreement."""
+    early.check_file(json_out, "--json")
+    early.check_input(baseline, adapter, revision, "--baseline")
+    early.check_input(candidate)
+    early.check_text(text, tokens, seq_len)
     from gptoss_quantize.api import evaluate_models
     from gptoss_quantize.calibration.text import TextSpec
 
-    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
-        raise InputError(f"--json {json_out}: expected a file in an existing directory; make the directory first")
     spec = TextSpec(
         source=text, column=column, tokens=tokens, seq_len=seq_len, chat_template=chat_template, shuffle=False
     )
@@ -256,8 +274,7 @@ def evaluate(
             dtype=dtype.value,
             bar=bar,
         )
-    if json_out:
-        json_out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    early.write_file(json_out, record)
     (result,) = record["results"].values()
     table = Table(title=escape(f"{candidate} against {baseline}, {result['tokens']} tokens"))
     table.add_column("measure")
@@ -286,6 +303,7 @@ def demo_model(
     ] = False,
 ) -> None:
     """Make a small real gpt-oss model from SmolLM2-135M, without any model hub."""
+    check_begin(dest, "demo-model", overwrite=None)
     from gptoss_quantize.demo.tour import make_demo_model
 
     with progress() as bar:
@@ -306,6 +324,7 @@ def generate(
     dtype: DtypeOpt = Dtype.bfloat16,
 ) -> None:
     """Generate text greedily from a checkpoint; int4 experts stay packed in memory."""
+    early.check_input(model)
     from gptoss_quantize.api import generate_text
 
     print(generate_text(model, prompt, max_new_tokens=max_new_tokens, raw=raw, dtype=dtype.value))
@@ -348,11 +367,29 @@ for _name, _command in (cli_sizes.COMMANDS | cli_runtimes.COMMANDS).items():
 
 def main() -> None:
     """Run the command line; refused input becomes one message and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that is not UTF-8, or a path that is none: shown with escapes, not as a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except InputError as error:
-        console.print(f"[red]refused:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        _refuse(str(error))
+    except BrokenPipeError:
+        # whoever read our output has seen enough; nothing must be flushed into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # no place of ours knew this one: still the system's answer about a file, not a bug
+        where = f"{error.filename}: " if error.filename else ""
+        _refuse(f"{where}{error.strerror or error}; {remedy_for(error)}")
     except (StoppedError, KeyboardInterrupt):
         console.print("interrupted; nothing stands under the final name, continue with --resume where offered")
         sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    console.print(f"[red]refused:[/red] {escape(message)}", soft_wrap=True, highlight=False)
+    sys.exit(1)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from gptoss_quantize import early
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.terminal import Dtype, console, progress
 
@@ -79,6 +80,13 @@ def compare(
 
     Run again to continue an interrupted comparison or to add a checkpoint: what was computed is kept.
     """
+    early.check_report(report, "--report")
+    named = _candidates(candidates)
+    for path in candidates:
+        early.check_input(path)
+    early.check_input(baseline, adapter, revision, "--baseline")
+    for source in text or []:
+        early.check_text(source)
     from gptoss_quantize.api import DTYPES, compare_models
     from gptoss_quantize.calibration.text import TextSpec
     from gptoss_quantize.eval.compare import Settings
@@ -113,7 +121,7 @@ def compare(
     with progress() as bar:
         record = compare_models(
             baseline,
-            _candidates(candidates),
+            named,
             settings,
             report,
             adapter=adapter,

@@ -1,6 +1,5 @@
 """The commands that meet other runtimes: export, import, verify. `cli.py` adds them to the command line."""
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from gptoss_quantize.errors import InputError
+from gptoss_quantize import early
+from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, progress
 
 
@@ -74,6 +74,9 @@ def export(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Write CHECKPOINT in another runtime's format, read it back and compare, bit for bit."""
+    early.check_export(to.value, dtype.value, dense_type.value, expert_type.value)
+    early.check_input(checkpoint)
+    check_begin(dest, f"export --to {to.value}", overwrite=overwrite, inputs=(Path(checkpoint),))
     from gptoss_quantize.api import open_checkpoint
     from gptoss_quantize.runtimes.exports import export_checkpoint
 
@@ -128,6 +131,10 @@ def import_(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Rescue another tool's int4 checkpoint: find out which rows are the gate, and write it in our layout."""
+    early.check_input(source)
+    if split is Split.detect:
+        early.check_text(text, tokens, 128)
+    check_begin(out, "import", overwrite=overwrite, inputs=(source,))
     from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
     from gptoss_quantize.runtimes.imports import detect_split, import_checkpoint
 
@@ -182,14 +189,17 @@ def verify(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
 ) -> None:
     """Load CHECKPOINT in each runtime installed here and compare predictions; exit code 1 when one disagrees."""
+    early.check_file(json_out, "--json")
+    early.check_input(checkpoint)
+    if baseline is not None:
+        early.check_input(baseline, what="--baseline")
+    early.check_text(text)
     from gptoss_quantize.api import verify_checkpoint
     from gptoss_quantize.runtimes.verify import RUNTIMES
 
     names = tuple(name.strip() for name in runtime.split(","))
     if unknown := sorted(set(names) - set(RUNTIMES)):
         raise typer.BadParameter(f"unknown {unknown}; known: {', '.join(RUNTIMES)}", param_hint="--runtime")
-    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
-        raise InputError(f"--json {json_out}: expected a file in an existing directory; make the directory first")
     with progress() as bar:
         rows = verify_checkpoint(
             checkpoint,
@@ -202,8 +212,7 @@ def verify(
             work=work,
             progress=steps(bar),
         )
-    if json_out:
-        json_out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    early.write_file(json_out, rows)
     Console().print(verify_table(checkpoint, baseline, rows))
     if any(row["verdict"] == "DISAGREES" for row in rows):
         raise typer.Exit(1)

@@ -1,6 +1,5 @@
 """Commands about sizes: a synthetic model of true shape, and the plan of a quantization before it is run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import console, keep_mxfp4
+from gptoss_quantize import advice, early
+from gptoss_quantize.files import check_begin
+from gptoss_quantize.terminal import console
 from gptoss_quantize.units import gib, parse_size
 
 
@@ -25,6 +25,7 @@ def synthetic_model(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
 ) -> None:
     """Make a model of true shape with random weights, to measure time and memory."""
+    check_begin(dest, "synthetic-model", overwrite=None)
     from gptoss_quantize.demo.tour import make_synthetic_model
 
     with Progress(console=console) as bar:
@@ -52,6 +53,10 @@ def plan(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Say what quantizing MODEL would take and give: bytes, memory of the card, time, before it is run."""
+    early.check_file(json_out, "--json")
+    if model not in early.PUBLISHED_SHAPES:
+        early.check_input(model)
+    parse_size(gpu_memory, "--gpu-memory")
     from gptoss_quantize.api import plan_model
     from gptoss_quantize.sizes import CONTEXTS, PlanRequest
 
@@ -67,11 +72,7 @@ def plan(
         measure=measure,
     )
     record = plan_model(wanted)
-    if json_out:
-        try:
-            json_out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--json {json_out}: cannot be written ({error}); give a file in a directory") from None
+    early.write_file(json_out, record)
     print_plan(record, Console())
 
 
@@ -80,8 +81,8 @@ def print_plan(record: dict[str, Any], console: Console) -> None:
     console.print(_sparsity_table(record))
     console.print(_disk_table(record))
     console.print(_card_table(record))
-    if record["source_is_mxfp4"]:
-        console.print(keep_mxfp4())
+    if said := advice.before_quantizing(record):
+        console.print(said)
     if refusing := sorted({row["runtime"] for row in record["card"] if not row["loads"]}):
         console.print(
             f"{', '.join(refusing)} does not load --dense int8; its rows are for bf16 there", style="yellow"

@@ -8,14 +8,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True)
 
 
-def keep_mxfp4(lost: str = "") -> str:
-    """Return what is said of int4 from an MXFP4 source, with how much was `lost` where that is known."""
-    return (
-        f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
-        "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
-    )
-
-
 class Dtype(StrEnum):
     """Dtype of matrix products."""
 

@@ -81,9 +81,18 @@ def check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
         if size % job.group_size:
             sizes = sorted(layout.group_sizes)
             fits = [g for g in sizes if config.hidden % g == 0 and config.intermediate % g == 0]
+            others = [
+                o.name
+                for o in WRITTEN.values()
+                if any(config.hidden % g == config.intermediate % g == 0 for g in o.group_sizes)
+            ]
             raise InputError(
                 f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
-                f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
+                + (
+                    f"use --group-size {' or '.join(map(str, fits))}"
+                    if fits
+                    else f"no group size of {job.format} fits it"
+                )
             )
     _check_recipe(job, layout)
     _check_options(source, job, tokens)
