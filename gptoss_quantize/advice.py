@@ -26,8 +26,8 @@ def after_quantizing(report: dict[str, Any]) -> str:
     if report["source_experts"] == "mxfp4" and settings["adapter"] is None:
         return keep_release(lost)
     return (
-        f"[yellow]Every expert of the source is an MXFP4 value: the fine-tune left them as the release has them, and "
-        f"int4 is never lossless for that{lost}.[/yellow] [bold]--format mxfp4 --method rtn[/bold] (or --format auto) "
+        "[yellow]Every expert of the source is an MXFP4 value: the fine-tune left them as the release has them, and "
+        f"int4 is never lossless for that{lost}.[/yellow] --format mxfp4 --method rtn (or --format auto) "
         f"keeps every expert exactly, at 4.25 bits as well, and needs no calibration; {_WITHOUT}"
     )
 
@@ -68,8 +68,8 @@ def _mixed(moved: list[int], layers: int, lost: str, how: str = "") -> str:
 
 def _exact_by_rounding(settings: dict[str, Any]) -> str:
     return (
-        "Every expert of the source is an MXFP4 value: --method rtn writes exactly these weights, without calibration, "
-        f"where {settings['method']} has nothing to win."
+        "Every expert of the source is an MXFP4 value: --method rtn writes exactly these weights, without "
+        f"calibration, where {settings['method']} has nothing to win."
     )
 
 

@@ -39,6 +39,13 @@ COPIED = (
     "USAGE_POLICY",
 )
 
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
 _AGAIN: ContextVar[str] = ContextVar("again", default="run the same command again")
 _PLACE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -99,7 +106,7 @@ def save_tensors(
     Its permissions are those that the umask gives. `before` is called with the CRC just before the file is renamed.
     """
     # here, so that what only looks at places answers at once
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # noqa: PLC0415
 
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -62,7 +62,7 @@ WAYS_BACK = {
     "adapter_files": "Put back the files that the run began with: the adapter was written anew since",
     "native_kernels": "Continue it where the compiled kernels are as they were",
     "device": "Name the device that it began on (--device {})",
-    "calibration": "Give the text that it began with (--calibration, --tokens, --seq-len, --seed): its tokens changed",
+    "calibration": "Give the text that it began with (--calibration, --tokens, --seq-len, --seed)",
 }
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from gptoss_quantize import __version__
+from gptoss_quantize.atomic import alone, going_on
 from gptoss_quantize.calibration.capture import Routed, add_experts, attend_and_route
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import alone, going_on
 from gptoss_quantize.kernels import native
 from gptoss_quantize.layouts import DENSE, quantization_config
 from gptoss_quantize.machine import Clock, pick_device, release_memory, reuse_memory
