@@ -27,6 +27,7 @@ from gptoss_quantize.hub import resolve
 from gptoss_quantize.layouts import AUTO
 from gptoss_quantize.loading import load
 from gptoss_quantize.machine import compute_dtype, pick_device, release_memory
+from gptoss_quantize.prompts import check_ids, encode_prompt
 from gptoss_quantize.quantize.auto import settle_format
 from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan
@@ -117,7 +118,8 @@ def evaluate_models(
     for name, candidate in opened.items():
         if load_tokenizer(candidate.path).get_vocab() != tokenizer.get_vocab():
             raise InputError(
-                f"{name}: its tokenizer differs from the baseline's; the same text is not the same tokens"
+                f"{name}: its tokenizer differs from the baseline's, and the same text is not the same tokens: copy "
+                "tokenizer.json from the model that it was made from"
             )
     started = time.perf_counter()
     task = bar.add_task("evaluate: layer", total=base.config.layers * (1 + len(opened)))
@@ -183,6 +185,7 @@ def verify_checkpoint(
     tokenizer = load_tokenizer(opened.path)
     spec = TextSpec(source=text, tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
     ids = load_tokens(spec, tokenizer).ids
+    check_ids(ids, opened.config.vocab, f"{checkpoint}: the text")
     # evenly spread, the last position included
     positions = sorted({round((i + 1) * seq_len / count) - 1 for i in range(count)} - {-1})
     job = VerifyJob(
@@ -238,18 +241,13 @@ def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, d
         raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
     if not raw and tokenizer.chat_template is None:
         raise InputError(f"{model}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
-    kind = Checkpoint(model).expert_format
+    checkpoint = Checkpoint(model)
+    inputs = encode_prompt(tokenizer, prompt, raw=raw, vocab=checkpoint.config.vocab, where=str(model))
+    kind = checkpoint.expert_format
     resolved = DTYPES[dtype] or compute_dtype("cpu")
     network: Any = (
         load(model, dtype=resolved) if kind == "int4" else AutoModelForCausalLM.from_pretrained(model, dtype=resolved)
     )
-    if raw:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
     with torch.inference_mode():
         out = network.generate(
             input_ids=inputs["input_ids"],

@@ -283,7 +283,7 @@ def evaluate(
     for name in ("baseline_perplexity", "perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement"):
         error = result.get(name + "_se")
         table.add_row(name, f"{result[name]:.4f}", "" if error is None else f"{error:.4f}")
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 app.command()(cli_compare.compare)
@@ -379,6 +379,14 @@ def main() -> None:
         # whoever read our output has seen enough; nothing must be flushed into it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no exception of its own for it
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        _refuse(
+            f"not enough memory ({str(error).splitlines()[-1][-120:] if str(error) else 'of the machine'}); free "
+            "some, or check the sizes in config.json"
+        )
     except OSError as error:
         if error.errno is None:
             raise

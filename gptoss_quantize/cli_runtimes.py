@@ -205,7 +205,7 @@ def verify(
             checkpoint,
             baseline,
             names,
-            shape=(sequences, seq_len, positions),
+            shape=(sequences, seq_len, min(positions, seq_len)),
             text=text,
             llama_server=llama_server,
             exact=exact,
@@ -213,7 +213,7 @@ def verify(
             progress=steps(bar),
         )
     early.write_file(json_out, rows)
-    Console().print(verify_table(checkpoint, baseline, rows))
+    Console(emoji=False).print(verify_table(checkpoint, baseline, rows))
     if any(row["verdict"] == "DISAGREES" for row in rows):
         raise typer.Exit(1)
 

@@ -73,7 +73,7 @@ def plan(
     )
     record = plan_model(wanted)
     early.write_file(json_out, record)
-    print_plan(record, Console())
+    print_plan(record, Console(emoji=False))
 
 
 def print_plan(record: dict[str, Any], console: Console) -> None:

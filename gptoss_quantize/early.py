@@ -14,6 +14,7 @@ from typing import Any
 
 from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import check_utf8
 from gptoss_quantize.quantize.recipes import RECIPES, Recipe, override
 from gptoss_quantize.units import parse_size
 
@@ -119,6 +120,7 @@ def check_input(model: str | Path, adapter: Path | None = None, revision: str | 
 
 def _check_folder(name: str, path: Path) -> None:
     """Raise InputError for a path that holds no model, with what it seems to be instead."""
+    check_utf8(path)
     if not path.is_dir():
         kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
         raise InputError(
@@ -137,7 +139,7 @@ def _check_folder(name: str, path: Path) -> None:
             "no such file: this is a LoRA adapter; give the model that it was trained on, and this directory with "
             "--adapter"
         )
-    elif below := sorted(n for n in names if (path / n / "config.json").is_file()):
+    elif len(below := [n for n in names if (path / n / "config.json").is_file()]) == 1:
         what = f"no such file, but {below[0]}/ has one; give that directory"
     elif any(n.endswith(".gguf") for n in names):
         what = "no such file: this holds GGUF files; expected the Hugging Face directory that they were made from"

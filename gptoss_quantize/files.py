@@ -13,8 +13,6 @@ Nothing here imports torch: where OUT cannot be written is said in the first ten
 
 import errno
 import os
-import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -37,6 +35,7 @@ from gptoss_quantize.atomic import (
     writing,
 )
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.mounts import out_of_reach
 
 __all__ = [
     "COPIED",
@@ -170,41 +169,11 @@ def place_of(dest: Path) -> Path:
     return dest
 
 
-def _mount_points() -> set[str]:
-    """Return where file systems are mounted; a bind mount of the same one has no other sign."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return set()
-    # blanks and backslashes are written as octal numbers
-    return {re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines}
-
-
-def is_mount(dest: Path) -> bool:
-    """Return whether a directory lies on another file system than its parent, where no rename can reach it."""
-    return dest.is_dir() and not dest.is_symlink() and (
-        os.path.ismount(dest)
-        or dest.stat().st_dev != dest.parent.stat().st_dev
-        or os.path.realpath(dest) in _mount_points()
-    )  # fmt: skip
-
-
-def _out_of_reach(dest: Path) -> bool:
-    """Return whether DEST is a directory that cannot be replaced by a rename, so that its files must move into it."""
-    if not dest.is_dir() or dest.is_symlink():
-        return False
-    if is_mount(dest) or not os.access(dest.parent, os.W_OK | os.X_OK):
-        return True
-    # as in /tmp: only its owner may rename what is there
-    parent, user = dest.parent.stat(), os.geteuid()
-    return bool(parent.st_mode & stat.S_ISVTX) and user not in (0, parent.st_uid, dest.stat().st_uid)
-
-
 def partial_of(dest: Path) -> Path:
     """Return where a directory is written until it is finished."""
     inside = dest / ".partial"
     # once begun inside, it goes on there
-    if _out_of_reach(dest) or (not dest.is_symlink() and read_mark(inside) is not None):
+    if out_of_reach(dest) or (not dest.is_symlink() and read_mark(inside) is not None):
         return inside
     return dest.with_name(dest.name + ".partial")
 
@@ -248,7 +217,9 @@ def check_dest(dest: Path, *, overwrite: bool | None, inputs: tuple[Path, ...] =
     dest = place_of(dest)
     partial = partial_of(dest)
     for path in inputs:
-        if any(path.resolve().is_relative_to(place.resolve()) for place in (dest, partial)):
+        # realpath: of a link that leads to itself, too
+        real = Path(os.path.realpath(path))
+        if any(real.is_relative_to(os.path.realpath(place)) for place in (dest, partial)):
             raise InputError(f"{dest}: holds the input {path}; choose another place to write to")
     if is_free(dest):
         return
@@ -268,6 +239,7 @@ def check_begin(
     """Raise InputError where `command` could not begin (or resume) writing DEST; nothing is written or deleted."""
     dest = place_of(dest)
     partial = partial_of(dest)
+    check_utf8(dest)
     if resume:
         check_resumable(partial, dest)
         return
@@ -278,6 +250,16 @@ def check_begin(
         os.listdir(above)
         if not os.access(above, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
+def check_utf8(path: Path) -> None:
+    """Raise InputError for a path that safetensors could not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path}: is not UTF-8, and safetensors cannot open it; rename or move the directory"
+        ) from None
 
 
 def check_resumable(partial: Path, dest: Path) -> None:

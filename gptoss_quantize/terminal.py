@@ -5,7 +5,8 @@ from enum import StrEnum
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+# no emoji: `cuda:x:` and paths are shown as they are
+console = Console(stderr=True, emoji=False)
 
 
 class Dtype(StrEnum):

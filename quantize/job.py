@@ -16,6 +16,7 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.layouts import DENSE, Layout, dense_shapes, pick_layout
 from gptoss_quantize.machine import compute_dtype, pick_device
+from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.quantize.budget import (
     CARD_SHARE,
     Budget,
@@ -90,12 +91,9 @@ def check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
     _check_options(source, job, tokens)
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
-    highest = max((int(text.ids.max()) for text in (tokens, job.polish_text) if text is not None), default=0)
-    if highest >= config.vocab:
-        raise InputError(
-            f"calibration text has token id {highest}, the model's vocabulary ends at "
-            f"{config.vocab - 1}; tokenizer and model do not belong together"
-        )
+    for text in (tokens, job.polish_text):
+        if text is not None:
+            check_ids(text.ids, config.vocab, "calibration text")
 
 
 def _check_options(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:

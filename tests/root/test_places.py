@@ -1,4 +1,4 @@
-"""Where OUT may be: empty directories, links, mount points, parents that may not be written; and what a kill leaves."""
+"""Where OUT may be: empty directories, links, mount points, read-only parents; and what a kill leaves there."""
 
 import errno
 import os
@@ -16,7 +16,8 @@ import torch
 from gptoss_quantize import cli
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import MARK, check_begin, is_mount, partial_of, put_mark, read_mark, staged
+from gptoss_quantize.files import MARK, check_begin, partial_of, put_mark, read_mark, staged
+from gptoss_quantize.mounts import is_mount
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
