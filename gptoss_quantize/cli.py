@@ -3,9 +3,7 @@
 Exit codes: 0 done, 1 refused input (one message, no traceback), 2 usage error, 130 interrupted.
 """
 
-import io
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from gptoss_quantize import __version__, advice, cli_compare, cli_runtimes, cli_sizes, early
-from gptoss_quantize.atomic import remedy_for
-from gptoss_quantize.errors import InputError
+from gptoss_quantize.exits import StoppedError, one_message
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import Dtype, console, progress
-
-
-class StoppedError(Exception):
-    """Ctrl-C, as an exception that typer does not handle its own way: silently, or as exit code 1."""
 
 
 class Commands(typer.core.TyperGroup):
@@ -367,37 +360,5 @@ for _name, _command in (cli_sizes.COMMANDS | cli_runtimes.COMMANDS).items():
 
 def main() -> None:
     """Run the command line; refused input becomes one message and exit code 1."""
-    for stream in (sys.stdout, sys.stderr):
-        # a terminal that is not UTF-8, or a path that is none: shown with escapes, not as a traceback
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
+    with one_message():
         app()
-    except InputError as error:
-        _refuse(str(error))
-    except BrokenPipeError:
-        # whoever read our output has seen enough; nothing must be flushed into it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        # torch has no exception of its own for it
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        _refuse(
-            f"not enough memory ({str(error).splitlines()[-1][-120:] if str(error) else 'of the machine'}); free "
-            "some, or check the sizes in config.json"
-        )
-    except OSError as error:
-        if error.errno is None:
-            raise
-        # no place of ours knew this one: still the system's answer about a file, not a bug
-        where = f"{error.filename}: " if error.filename else ""
-        _refuse(f"{where}{error.strerror or error}; {remedy_for(error)}")
-    except (StoppedError, KeyboardInterrupt):
-        console.print("interrupted; nothing stands under the final name, continue with --resume where offered")
-        sys.exit(130)
-
-
-def _refuse(message: str) -> None:
-    console.print(f"[red]refused:[/red] {escape(message)}", soft_wrap=True, highlight=False)
-    sys.exit(1)

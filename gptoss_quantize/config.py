@@ -87,7 +87,7 @@ def _positive(raw: dict[str, Any], name: str, where: str, default: Any = None, *
     if not right or not 0 < value < math.inf:
         kind = "integer" if whole else "number"
         raise InputError(
-            f"{where}: {name} is {value!r}, expected a positive {kind}; correct it there, to what the model was made with"
+            f"{where}: {name} is {value!r}, expected a positive {kind}; correct it there, to what the model has"
         )
     return value
 
@@ -136,8 +136,8 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     known = ("sliding_attention", "full_attention")
     if not isinstance(layer_types, list) or len(layer_types) != layers or any(t not in known for t in layer_types):
         raise InputError(
-            f"{where}: layer_types must name sliding_attention or full_attention for {layers} layers; correct that list "
-            "or num_hidden_layers, whichever is not the model's"
+            f"{where}: layer_types must name sliding_attention or full_attention for {layers} layers; correct that "
+            "list or num_hidden_layers, whichever is not the model's"
         )
     # experts_per_token is the name in OpenAI's own config
     top_k = _positive(raw, "num_experts_per_tok", where, raw.get("experts_per_token", 4), whole=True)

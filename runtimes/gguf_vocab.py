@@ -91,8 +91,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> s
     vocab = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(vocab) >= config.vocab:
         raise InputError(
-            f"{file}: token id {max(vocab)}, but the model's vocabulary ends at {config.vocab - 1}; give the tokenizer "
-            "that the model was trained with"
+            f"{file}: token id {max(vocab)}, but the model's vocabulary ends at {config.vocab - 1}; give the "
+            "tokenizer that the model was trained with"
         )
     for index in range(config.vocab):
         token = vocab.get(index)
