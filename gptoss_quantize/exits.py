@@ -1,4 +1,4 @@
-"""How the command line ends: what is the user's or the system's is one message and an exit code, a bug a traceback."""
+"""How the command line ends: what is the user's or the system's is one message and an exit code."""
 
 import io
 import os

@@ -240,6 +240,8 @@ def check_begin(
     dest = place_of(dest)
     partial = partial_of(dest)
     check_utf8(dest)
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite contradict each other; give one of them")
     if resume:
         check_resumable(partial, dest)
         return

@@ -166,7 +166,7 @@ def test_cheap_refusals_come_at_once(home, tiny):
     assert tiny.snapshot(home) == before
 
 
-def test_several_processes_leave_OUT_to_the_first(tiny, home, monkeypatch):
+def test_several_processes_leave_the_place_to_the_first(tiny, home, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not early.alone()
     monkeypatch.setenv("WORLD_SIZE", "1")
