@@ -190,7 +190,7 @@ def test_plan_of_a_directory_and_of_a_name(tiny, capsys):
 def test_plan_without_calibration(tiny):
     wanted = PlanRequest(model=str(tiny.path("bf16")), method="rtn", group_size=32, dense="int8", contexts=(100,))
     record = plan_model(wanted)
-    assert record["time"]["phases"].keys() == {"read", "solve"}
+    assert record["time"]["phases"].keys() == {"read", "solve", "report"}
     assert {row["context"] for row in record["card"]} == {100}
 
 
