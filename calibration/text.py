@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -148,8 +149,12 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{file}: not a tokenizer ({error}); {remedy}") from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: the tokenizer does not load ({error}); {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        # transformers reads config.json for it as well
+        raise InputError(
+            f"{folder}: the tokenizer does not load ({error}); correct tokenizer_config.json or config.json, "
+            f"whichever is meant, or {remedy}"
+        ) from error
 
 
 def load_tokens(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Tokens:

@@ -14,6 +14,7 @@ from gptoss_quantize.eval.examples import ask, continuation, load_model
 from gptoss_quantize.eval.fidelity import fidelity
 from gptoss_quantize.eval.profiles import Wanted, name_candidates
 from gptoss_quantize.eval.report import need_matplotlib, write_report
+from gptoss_quantize.prompts import check_ids, check_prompt
 from gptoss_quantize.results import Comparison, Evaluation
 from gptoss_quantize.terminal import showing
 
@@ -144,11 +145,14 @@ def generate(
     """
     path = Path(model)
     at_least(1, max_new_tokens=max_new_tokens)
+    check_prompt(prompt)
     tokenizer = load_tokenizer(path)
     if raw and not prompt:
         raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
     if not raw and tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
     inputs = ask(prompt, tokenizer, "--prompt", raw=raw)
-    ids = continuation(load_model(Checkpoint(path), products(dtype)), inputs, max_new_tokens)
+    checkpoint = Checkpoint(path)
+    check_ids(inputs["input_ids"], checkpoint.config.vocab, f"{path}: the prompt")
+    ids = continuation(load_model(checkpoint, products(dtype)), inputs, max_new_tokens)
     return str(tokenizer.decode(ids, skip_special_tokens=True))

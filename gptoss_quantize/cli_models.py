@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gptoss_quantize import early
 from gptoss_quantize.cli_options import Dtype, DtypeOpt, Method, WheelOpt
+from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing
 
 
@@ -25,6 +27,7 @@ def demo_model(
     ] = False,
 ) -> None:
     """Make a small real gpt-oss model from SmolLM2-135M, without any model hub."""
+    check_begin(dest, "demo-model", overwrite=None)
     from gptoss_quantize.demo.tour import make_demo_model
 
     with showing(True) as show:
@@ -50,6 +53,7 @@ def generate(
     dtype: DtypeOpt = Dtype.bfloat16,
 ) -> None:
     """Generate text greedily from a checkpoint; int4 experts stay packed in memory."""
+    early.check_input(model)
     from gptoss_quantize import api
 
     print(api.generate(model, prompt, max_new_tokens=max_new_tokens, raw=raw, dtype=dtype.value))
@@ -125,6 +129,7 @@ def synthetic_model(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
 ) -> None:
     """Make a model of true shape with random weights, to measure time and memory."""
+    check_begin(dest, "synthetic-model", overwrite=None)
     from gptoss_quantize.demo.tour import make_synthetic_model
 
     with showing(True) as show:

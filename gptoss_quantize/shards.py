@@ -37,6 +37,29 @@ class TensorInfo:
     nbytes: int
 
 
+# models come from the hub, from a copy, and from one's own training
+_AGAIN = "download it again (or copy or save it again, where the model comes from elsewhere)"
+
+
+def _gone(path: Path) -> str:
+    return f"it is a link to {os.readlink(path)}, which is gone" if path.is_symlink() else "it is missing"
+
+
+def _why_not_whole(path: Path) -> str:
+    """Return what a file that is no safetensors file is, and what helps."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its path is not UTF-8, and safetensors cannot open it: rename the directory"
+    with path.open("rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file: run `git lfs pull` in its directory"
+    if start.startswith(b"PK"):
+        return "it is a pickle of torch.save under another name: save it with safe_serialization=True"
+    return f"it is truncated or damaged, {_AGAIN}"
+
+
 def _fingerprint(stat: os.stat_result) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
@@ -54,19 +77,19 @@ class ShardFile:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except FileNotFoundError:
-            raise InputError(f"{path}: the index names this file, but it is missing; download it again") from None
+            raise InputError(f"{path}: the index names this file, but {_gone(path)}; {_AGAIN}") from None
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{path}: not a whole safetensors file ({error}); it is truncated or damaged, download it again"
-            ) from None
+            raise InputError(f"{path}: not a whole safetensors file ({error}); {_why_not_whole(path)}") from None
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
+            raise InputError(f"{path}: cannot be read ({error}); make it a readable file, or {_AGAIN}") from None
         self.tensors: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             if entry["dtype"] not in DTYPES:
-                raise InputError(f"{path}: {name} has dtype {entry['dtype']}; expected one of {sorted(DTYPES)}")
+                raise InputError(
+                    f"{path}: {name} has dtype {entry['dtype']}; expected one of {sorted(DTYPES)}; convert it to BF16"
+                )
             begin, end = entry["data_offsets"]
             self.tensors[name] = TensorInfo(
                 DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
@@ -112,10 +135,10 @@ class ShardFile:
                 while done < nbytes:
                     count = file.readinto(view[done : done + (1 << 30)])
                     if not count:
-                        raise InputError(f"{self.path}: ends inside {name}; the file is truncated, download it again")
+                        raise InputError(f"{self.path}: ends inside {name}; the file is truncated, {_AGAIN}")
                     done += count
         except OSError as error:
-            raise InputError(f"{self.path}: reading {name} failed ({error})") from None
+            raise InputError(f"{self.path}: reading {name} failed ({error}); check the disk, or {_AGAIN}") from None
         return data.view(info.dtype).reshape(shape)
 
 

@@ -90,7 +90,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> s
     tokens, types = [], []
     vocab = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(vocab) >= config.vocab:
-        raise InputError(f"{file}: token id {max(vocab)}, but the model's vocabulary ends at {config.vocab - 1}")
+        raise InputError(
+            f"{file}: token id {max(vocab)}, but the model's vocabulary ends at {config.vocab - 1}; give the "
+            "tokenizer that the model was trained with"
+        )
     for index in range(config.vocab):
         token = vocab.get(index)
         tokens.append(f"[PAD{index}]" if token is None else token)
@@ -102,7 +105,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> s
             types.append(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
         else:
             types.append(gguf.TokenType.NORMAL)
-    special = gguf.SpecialVocab(path, load_merges=True, n_vocab=config.vocab)
+    try:
+        special = gguf.SpecialVocab(path, load_merges=True, n_vocab=config.vocab)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        # JSON and UTF-8 among them
+        raise InputError(
+            f"{path}: tokenizer_config.json, chat_template.jinja or generation_config.json cannot be read ({error}); "
+            "correct them, or copy them from the model that it was made from"
+        ) from None
     # by what it does, too: whether plain text gets a first or last token of its own
     ids = tokenizer.encode("a").ids
     special.add_special_token = {

@@ -26,6 +26,7 @@ from gptoss_quantize.files import Progress, copy_side_files, no_progress, staged
 from gptoss_quantize.kernels import ggml
 from gptoss_quantize.layouts import INT4, expert_shapes, quantization_config
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
 from gptoss_quantize.runtimes.foreign import SPLITS, Foreign
@@ -67,6 +68,7 @@ def detect_split(path: Path, ids_NS: torch.Tensor, on_layer: Progress = no_progr
     if why == f"meta.{SPLIT_KEY}":
         return {"split": suggestion, "because": why, "metadata": suggestion, "nll": None}
     readings = [Foreign(path, split) for split in SPLITS]
+    check_ids(ids_NS, readings[0].config.vocab, f"{path}: the text")
     total = sum(reading.config.layers for reading in readings)
     nll = []
     for number, reading in enumerate(readings):

@@ -52,7 +52,12 @@ def test_a_demo_writes_marked_directories_and_its_numbers(demo, tmp_path):
     assert record["results"].keys() == record["reports"].keys() == {"rtn"}
     assert record["answers"].keys() == {"unquantized", "rtn"} and record["total_seconds"] > 0
     assert read_mark(out)["command"] == "demo"
-    assert phases == {"demo model: layer", "rtn int4 group 64: layer", "evaluate: layer"}
+    assert phases == {
+        "demo model: layer",
+        "can it predict text? layer",
+        "rtn int4 group 64: layer",
+        "evaluate: layer",
+    }
 
 
 def test_an_earlier_demo_is_replaced_only_when_told(demo, tmp_path):

@@ -98,7 +98,7 @@ def test_json_is_the_old_or_the_new_one(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     with full_disk(100):
-        refused(lambda: write_json(path, {"a": "x" * 200}), str(path), "writing failed", "free some space")
+        refused(lambda: write_json(path, {"a": "x" * 200}), str(path), "writing failed", "ulimit -f")
     assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -108,7 +108,8 @@ def test_json_is_the_old_or_the_new_one(tmp_path):
 def test_taken_name(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("")
-    refused(lambda: begin(tmp_path / "out"), str(tmp_path / "out"), "already exists", "--overwrite")
+    # --overwrite would refuse it too: no remedy
+    refused(lambda: begin(tmp_path / "out"), str(tmp_path / "out"), "already exists and was not written by gptoss-")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["notes", "out"]
 
 
@@ -270,8 +271,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path, size):
             lambda: output.write_shard(2, {"b": torch.ones(10000)}),
             output.shard_name(2),
             "writing failed",
-            "free some space",
-            "--resume",
+            "ulimit -f",
         )
     assert {p.name for p in output.partial.iterdir()} == before
     assert "b" not in output.state["weight_map"]
@@ -289,7 +289,9 @@ def test_full_disk_at_the_end(tmp_path, source):
     output = unfinished(tmp_path / "out")
     (source / "tokenizer.json").write_text("x" * 50000)
     with full_disk(20000):
-        refused(lambda: output.finish(source, {}, {}), "tokenizer.json", "writing failed", "--resume")
+        refused(
+            lambda: output.finish(source, {}, {}), "tokenizer.json", "writing failed", "run the same command again"
+        )
     assert not (tmp_path / "out").exists()
     begin(tmp_path / "out", resume=True).finish(source, {}, {})
     assert (tmp_path / "out" / "tokenizer.json").stat().st_size == 50000
