@@ -6,11 +6,12 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gptoss_quantize.calibration.text import render_chat
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.loading import load
+from gptoss_quantize.stock import stock_model
 
 LARGEST_SHARE = 0.5
 PROMPTS = (
@@ -26,7 +27,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         return load(checkpoint.path, dtype=dtype)
     # its own bars would tear ours apart
     transformers.utils.logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+    return stock_model(checkpoint, dtype)
 
 
 def too_large(checkpoint: Checkpoint) -> str | None:

@@ -117,7 +117,9 @@ def _token_rows(path: Path, value: Any) -> dict[str, tuple[int, ...]]:
     """Return trainable_token_indices by module; a plain list is about the embedding."""
     by_module = {"embed_tokens": value} if isinstance(value, list) else value
     if not isinstance(by_module, dict) or any(
-        not isinstance(rows, list) or any(type(row) is not int or row < 0 for row in rows) or len(set(rows)) < len(rows)
+        not isinstance(rows, list)
+        or any(type(row) is not int or row < 0 for row in rows)
+        or len(set(rows)) < len(rows)
         for rows in by_module.values()
     ):
         raise InputError(
@@ -272,9 +274,7 @@ def _listed(file: ShardFile, modules: Mapping[str, Mapping[str, str]], config: A
         first = entries[0][1]
         for number, change in entries:
             if change.shapes != first.shapes or [n for n, _ in entries].count(number) > 1:
-                raise InputError(
-                    f"{file.path}: {change.a_name} and {first.a_name} do not fit one {base}; {ONE_SAVE}"
-                )
+                raise InputError(f"{file.path}: {change.a_name} and {first.a_name} do not fit one {base}; {ONE_SAVE}")
         (rows, columns), count = first.shapes[0], 1 + max(number for number, _ in entries)
         changes[base] = Change(
             kind="listed",
@@ -384,7 +384,9 @@ def collect(file: ShardFile, config: AdapterConfig) -> dict[str, Change]:
         if not change.fits(shape):
             raise InputError(f"{file.path}: {whole} {list(shape)} does not fit {change.stored}; {ONE_SAVE}")
         # rows of it: now the size of the whole counts
-        changes[name] = replace(change, replacement=whole, shapes=(shape,) if change.kind == "rows" else change.shapes)
+        changes[name] = replace(
+            change, replacement=whole, shapes=(shape,) if change.kind == "rows" else change.shapes
+        )
     if not changes:
         raise InputError(f"{file.path}: no tensors; {WRITTEN_BY_PEFT}")
     return changes

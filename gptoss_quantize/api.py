@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM
 
 from gptoss_quantize.adapter import Adapter
 from gptoss_quantize.architectures import SIZES, gptoss_config
@@ -39,13 +39,23 @@ from gptoss_quantize.runtimes.verify import Job as VerifyJob
 from gptoss_quantize.runtimes.verify import verify
 from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
 from gptoss_quantize.sizes import PlanRequest, disk, fits, serve_command, shard_tensors, sparsity
+from gptoss_quantize.stock import stock_model
+from gptoss_quantize.terminal import console
 
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_checkpoint(model: str, adapter: Path | None = None, revision: str | None = None) -> Checkpoint:
     """Return a checked checkpoint for a directory or hub name, with an optional LoRA adapter."""
-    return Checkpoint(resolve(model, revision), None if adapter is None else Adapter.open(adapter))
+    checkpoint = Checkpoint(resolve(model, revision), None if adapter is None else Adapter.open(adapter))
+    say(checkpoint)
+    return checkpoint
+
+
+def say(checkpoint: Checkpoint) -> None:
+    """Show on stderr what was read otherwise than the folder says at first sight."""
+    for note in checkpoint.notes:
+        console.print(f"[yellow]note[/yellow] {escape(note)}")
 
 
 def quantize_model(
@@ -65,7 +75,7 @@ def quantize_model(
     source = open_checkpoint(model, adapter, revision)
     tokens = None
     if job.recipe.calibrated:
-        tokenizer = load_tokenizer(source.path)
+        tokenizer = load_tokenizer(source.side)
         tokens = load_tokens(text, tokenizer)
         if job.polish:
             job = replace(job, polish_text=load_following(text, tokenizer, text_needed(job.polish, text.seq_len)))
@@ -106,10 +116,10 @@ def evaluate_models(
     """Return {"text", "dtype", "seconds", "results": {name: summary}}, all candidates on the baseline's tokens."""
     base = open_checkpoint(baseline, adapter, revision)
     opened = {name: Checkpoint(path) for name, path in candidates.items()}
-    tokenizer = load_tokenizer(base.path)
+    tokenizer = load_tokenizer(base.side)
     tokens = load_tokens(text, tokenizer)
     for name, candidate in opened.items():
-        if load_tokenizer(candidate.path).get_vocab() != tokenizer.get_vocab():
+        if load_tokenizer(candidate.side).get_vocab() != tokenizer.get_vocab():
             raise InputError(
                 f"{name}: its tokenizer differs from the baseline's; the same text is not the same tokens"
             )
@@ -174,7 +184,7 @@ def verify_checkpoint(
     """
     sequences, seq_len, count = shape
     opened = Checkpoint(checkpoint)
-    tokenizer = load_tokenizer(opened.path)
+    tokenizer = load_tokenizer(opened.side)
     spec = TextSpec(source=text, tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
     ids = load_tokens(spec, tokenizer).ids
     # evenly spread, the last position included
@@ -232,11 +242,10 @@ def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, d
         raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
     if not raw and tokenizer.chat_template is None:
         raise InputError(f"{model}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
-    kind = Checkpoint(model).expert_format
+    checkpoint = Checkpoint(model)
+    say(checkpoint)
     resolved = DTYPES[dtype] or compute_dtype("cpu")
-    network: Any = (
-        load(model, dtype=resolved) if kind == "int4" else AutoModelForCausalLM.from_pretrained(model, dtype=resolved)
-    )
+    network: Any = load(model, dtype=resolved) if checkpoint.layout.packed else stock_model(checkpoint, resolved)
     if raw:
         inputs = tokenizer(prompt, return_tensors="pt")
     else:

@@ -204,4 +204,3 @@ class Checkpoint(StoredSource):
                 f"a gpt-oss checkpoint with {self.layout.name} experts has none of that name, and dropping it "
                 f"would change the model; {nearest(unknown[0])}"
             )
-

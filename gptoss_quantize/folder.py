@@ -105,7 +105,9 @@ def open_weights(path: Path) -> tuple[dict[str, ShardFile], list[str]]:
         notes.append(f"{path}: {first.words} and {other.words} hold the same weights twice")
     used = {file.name for one in sets for file in one.files}
     if unread := [file.name for file in found if file.name not in used]:
-        notes.append(f"{path}: {len(unread)} weight file(s) are not read, since {first.words} does not name them: {unread[0]}")
+        notes.append(
+            f"{path}: {len(unread)} weight file(s) are not read, since {first.words} does not name them: {unread[0]}"
+        )
     return dict(first.shard_of), notes
 
 
@@ -138,7 +140,9 @@ def _indexed(index: Path, weight_map: dict[str, str]) -> dict[str, ShardFile]:
         if file not in shards:
             shards[file] = ShardFile(path / file)
         if name not in shards[file].tensors:
-            raise InputError(f"{path / file}: {name} is missing, though {index.name} places it there; {_INDEX_REMEDY}")
+            raise InputError(
+                f"{path / file}: {name} is missing, though {index.name} places it there; {_INDEX_REMEDY}"
+            )
     for file, shard in shards.items():
         if extra := sorted(shard.tensors.keys() - weight_map.keys()):
             raise InputError(f"{path / file}: {extra[0]} is not in {index.name}; {_INDEX_REMEDY}")
@@ -187,11 +191,14 @@ def _without_index(
 def _same_model(path: Path, one: _Set, other: _Set) -> None:
     """Raise InputError unless two sets of weights are equal, byte for byte."""
     only = sorted(one.shard_of.keys() ^ other.shard_of.keys())
-    differ = only[:1] or [
-        name
-        for name in sorted(one.shard_of)
-        if not same_bytes((one.shard_of[name], name), (other.shard_of[name], name))
-    ][:1]
+    differ = (
+        only[:1]
+        or [
+            name
+            for name in sorted(one.shard_of)
+            if not same_bytes((one.shard_of[name], name), (other.shard_of[name], name))
+        ][:1]
+    )
     if differ:
         raise InputError(
             f"{path}: holds two different models: {one.words} ({len(one.shard_of)} tensors in {len(one.files)} file(s)) and "

@@ -63,7 +63,9 @@ _PER_EXPERT = re.compile(
     r"(?P<base>.+\.mlp\.experts)\.(?:(?P<list>gate_up_projs|gate_up|down_projs|down)\.(?P<n>\d+)|"
     r"(?P<m>\d+)\.(?P<own>gate_up_proj|down_proj))\.(?P<what>weight|bias)"
 )
-_STACKED = re.compile(r"(?P<base>.+\.mlp\.experts)\.(?P<own>gate_proj|up_proj|gate_up_proj|down_proj)\.(?P<what>weight|bias)")
+_STACKED = re.compile(
+    r"(?P<base>.+\.mlp\.experts)\.(?P<own>gate_proj|up_proj|gate_up_proj|down_proj)\.(?P<what>weight|bias)"
+)
 _QKV = re.compile(r"(?P<base>.+\.self_attn)\.qkv\.(?P<what>weight|bias)")
 
 # what a name that nothing here reads belongs to: (pattern, the layout, what to do)
@@ -184,7 +186,21 @@ def canonical(shard_of: Mapping[str, ShardFile], config: ModelConfig, where: str
         return Weights(shard_of, made), []
     first = made[odd[0]].parts
     more = f" and {len(first) - 1} more" if len(first) > 1 else ""
-    return Weights(shard_of, made), [f"{len(odd)} tensors have other names here, such as {first[0]}{more} for {odd[0]}"]
+    return Weights(shard_of, made), [
+        f"{len(odd)} tensors have other names here, such as {first[0]}{more} for {odd[0]}"
+    ]
+
+
+def renamed(shard_of: Mapping[str, ShardFile], where: str, more: Callable[[str], str]) -> Weights:
+    """Return the tensors of another tool's int4 file by plain names, none of them put together; `more` renames further."""
+    strip = _without_common(shard_of)
+    made: dict[str, Made] = {}
+    for name, shard in sorted(shard_of.items()):
+        new = more(plain_name(strip(name)))
+        if new in made:
+            raise InputError(f"{where}: {made[new].parts[0]} and {name} are both {new}; keep the one that is meant")
+        made[new] = Made.stored(name, shard.tensors[name])
+    return Weights(shard_of, made)
 
 
 def _assembled(found: Mapping[str, tuple[str, TensorInfo]], config: ModelConfig, where: str) -> dict[str, Made]:
@@ -214,7 +230,7 @@ def _assembled(found: Mapping[str, tuple[str, TensorInfo]], config: ModelConfig,
             for proj, value in _qkv(old, info, config, where).items():
                 put(f"{match['base']}.{proj}.{match['what']}", value)
         else:
-            put(name, Made((old,), info, lambda read, index, old=old: read(old, index)))  # type: ignore[misc]
+            put(name, Made.stored(old, info))
     for target, entries in lists.items():
         put(target, _listed(target, entries, where))
     for (base, what), parts in stacked.items():
@@ -255,9 +271,7 @@ def _listed(target: str, entries: Mapping[int, tuple[str, TensorInfo]], where: s
     return Made(tuple(names), _turned(infos[0], (len(names), *shape)), read)
 
 
-def _from_stacked(
-    base: str, what: str, parts: Mapping[str, tuple[str, TensorInfo]], where: str
-) -> dict[str, Made]:
+def _from_stacked(base: str, what: str, parts: Mapping[str, tuple[str, TensorInfo]], where: str) -> dict[str, Made]:
     """Return fused tensors made of `experts.{gate,up,gate_up,down}_proj.{weight,bias}`, [E, out, in] and [E, out]."""
     end = "_bias" if what == "bias" else ""
     out: dict[str, Made] = {}

@@ -148,8 +148,9 @@ def _work(run: Run) -> dict[str, Any]:
     bits = run.job.layout.bits_per_weight(source.config.hidden, run.job.group_size)
     peaks = everyone(ranks, peak_of(output))
     report = report_of(run.tokens, output, bits, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
+    report["notes"] = list(source.notes)
     if run.first:
-        output.finish(source.path, _config(run), report)
+        output.finish(run.source.side, _config(run), report)
     everyone(ranks, None)
     return report
 

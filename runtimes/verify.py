@@ -111,8 +111,7 @@ def in_transformers(job: Job) -> list[Row]:
 
     noise: Agreement | None = None
     if job.baseline is not None:
-        mxfp4 = job.baseline.expert_format == "mxfp4"
-        model = check_transformers.plain(job.baseline.path, torch.float32, mxfp4=mxfp4)
+        model = check_transformers.plain(job.baseline, torch.float32)
         own = predictions(job.baseline, job, on_layer=job.progress("baseline's reference: layer"))
         noise = distance(model, "unquantized", own)
         del model
@@ -125,8 +124,7 @@ def in_transformers(job: Job) -> list[Row]:
     if checkpoint.expert_format == "int4":
         add("packed int4", check_transformers.packed(checkpoint.path, torch.float32), "gptoss_quantize.load, float32")
     else:
-        mxfp4 = checkpoint.expert_format == "mxfp4"
-        add("as stored", check_transformers.plain(checkpoint.path, torch.float32, mxfp4=mxfp4), "from_pretrained")
+        add("as stored", check_transformers.plain(checkpoint, torch.float32), "from_pretrained")
     if checkpoint.expert_format == "int4":
         with tempfile.TemporaryDirectory(dir=job.work) as place:
             folder = Path(place) / "float16"
@@ -205,7 +203,7 @@ def _in_gguf(
 
 def _tokenizer_row(address: str, job: Job) -> Row:
     """Return the line that says whether llama.cpp cuts the text into the same tokens."""
-    tokenizer = load_tokenizer(job.checkpoint.path)
+    tokenizer = load_tokenizer(job.checkpoint.side)
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in job.texts]
     wrong = check_llamacpp.tokenizes_alike(address, job.texts, expected)
     note = f"{len(job.texts) - wrong} of {len(job.texts)} texts give the same tokens"

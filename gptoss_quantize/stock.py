@@ -1,0 +1,104 @@
+"""A checkpoint as transformers' own model, made of our reading of its folder: transformers never looks for itself.
+
+`from_pretrained(FOLDER)` chooses files, fills in config keys and invents missing tensors by rules of its own. Here it
+gets a temporary folder in which there is nothing to choose: links to the weight files that were read, an index of the
+tensors, and the config that was read. What is not stored under transformers' names, or is merged with an adapter, is
+placed tensor by tensor. A config that transformers understands otherwise than we do is refused.
+"""
+
+import json
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM
+
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.config import ModelConfig, parse_config, rope_frequencies
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.layouts import AS_SOURCE, MXFP4, dense_shapes
+
+_COMPARED = tuple(field for field in ModelConfig.__dataclass_fields__ if field not in ("raw", "rope"))
+
+
+def stock_config(config: ModelConfig) -> GptOssConfig:
+    """Return transformers' config object; InputError where it would compute something else than we do."""
+    raw = {key: value for key, value in config.raw.items() if key not in ("quantization_config", "gptoss_quantize")}
+    # a copy, since transformers completes the rope settings in place
+    theirs = GptOssConfig.from_dict(deepcopy(raw))
+    read = parse_config(theirs.to_dict(), "transformers")
+    differ = [name for name in _COMPARED if getattr(read, name) != getattr(config, name)]
+    ours, other = rope_frequencies(config), rope_frequencies(read)
+    if not torch.equal(ours[0], other[0]) or ours[1] != other[1]:
+        differ.append("rope")
+    if differ:
+        name = differ[0]
+        raise InputError(
+            f"config.json: transformers reads {name} as {getattr(read, name)!r}, we read {getattr(config, name)!r}; "
+            "write it out in config.json"
+        )
+    return theirs
+
+
+def stock_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
+    """Return the model with float experts, on the CPU; an adapter is merged. InputError where tensors do not fit."""
+    config = stock_config(checkpoint.config)
+    layout = checkpoint.layout
+    plain = checkpoint.weights.plain and checkpoint.adapter is None and checkpoint.dense_layout is AS_SOURCE
+    if plain and not layout.packed:
+        # transformers dequantizes MXFP4 into bfloat16, which holds it exactly
+        loaded = _from_files(checkpoint, torch.bfloat16 if layout is MXFP4 else dtype)
+    else:
+        loaded = _from_tensors(checkpoint, config, dtype)
+    loaded.config._name_or_path = str(checkpoint.path)
+    if (file := checkpoint.side.files.get("generation_config.json")) is not None:
+        loaded.generation_config = GenerationConfig.from_pretrained(file.parent)
+    return loaded.to(dtype).eval()
+
+
+def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> GptOssForCausalLM:
+    with tempfile.TemporaryDirectory(prefix="gptoss-quantize-") as place:
+        folder = Path(place)
+        weight_map = {name: checkpoint.weights.file(name).name for name in checkpoint.names()}
+        for file in checkpoint.files():
+            (folder / file.name).symlink_to(file.resolve())
+        if set(weight_map.values()) != {"model.safetensors"}:
+            index = {"metadata": {}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(checkpoint.config.raw), encoding="utf-8")
+        model, info = GptOssForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = set(info["missing_keys"]) - ({"lm_head.weight"} if checkpoint.config.tied else set())
+    if missing or info["mismatched_keys"]:
+        raise InputError(
+            f"{checkpoint.path}: transformers does not take all of its tensors: missing {sorted(missing)[:3]}, of another "
+            f"shape {sorted(map(str, info['mismatched_keys']))[:3]}"
+        )
+    return model
+
+
+def _from_tensors(checkpoint: Checkpoint, config: GptOssConfig, dtype: torch.dtype) -> GptOssForCausalLM:
+    with init_empty_weights(include_buffers=False):
+        model = GptOssForCausalLM(config)
+    # transformers keeps the norms in float32 whatever the dtype
+    state: dict[str, Any] = {
+        name: checkpoint.dense(name).to(torch.float32 if "norm" in name else dtype)
+        for name in dense_shapes(checkpoint.config)
+    }
+    for layer in range(checkpoint.config.layers):
+        experts = list(checkpoint.experts(layer, dtype))
+        base = f"model.layers.{layer}.mlp.experts."
+        state[base + "gate_up_proj"] = torch.stack([expert.gate_up.T for expert in experts])
+        state[base + "gate_up_proj_bias"] = torch.stack([expert.gate_up_bias for expert in experts])
+        state[base + "down_proj"] = torch.stack([expert.down.T for expert in experts])
+        state[base + "down_proj_bias"] = torch.stack([expert.down_bias for expert in experts])
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    buffers = {name for name, _ in model.named_buffers()}
+    if unexpected or set(missing) - buffers - ({"lm_head.weight"} if checkpoint.config.tied else set()):
+        raise InputError(
+            f"{checkpoint.path}: tensors do not fit transformers' model: missing {missing}, unknown {unexpected}"
+        )
+    model.tie_weights()
+    return model
