@@ -15,7 +15,7 @@ export PYTHONSAFEPATH := 1
 # idle OpenMP threads must not spin while another thread works
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench faults wheel venv clean
+.PHONY: demo test lint bench faults aot wheel venv clean
 
 demo: $(STAMP)  ## make a real model, quantize it by every method, print the comparison (into OUT=demo-out)
 	$(BIN)/gptoss-quantize demo $(OUT) $(ARGS)
@@ -36,6 +36,9 @@ bench: $(STAMP)  ## time, memory and KL divergence of each option on the demo mo
 
 faults: $(STAMP)  ## kill a quantization 20 times at random moments, resume it, compare bit by bit
 	$(BIN)/python scripts/faults.py faults-out $(ARGS)
+
+aot: $(STAMP)  ## compile the Triton kernels for seven GPU architectures, without a GPU: registers, spills, shared memory
+	$(BIN)/python benchmarks/aot.py $(ARGS)
 
 wheel: $(STAMP)  ## build sdist and wheel into dist/
 	rm -rf dist

@@ -23,6 +23,10 @@ SETTINGS = {
                                     (100, (0.75, 0.03, 0.03, 0.19))],
     "1,508 items, clear loss": [(754, (0.45, 0.20, 0.06, 0.29)), (754, (0.60, 0.12, 0.04, 0.24))],
     "1,508 items, few flips": [(1508, (0.70, 0.010, 0.008, 0.282))],
+    "27 items in 9 tasks": [(3, (0.60, 0.08, 0.05, 0.27))] * 9,
+    "9 items": [(9, (0.50, 0.06, 0.04, 0.40))],
+    "30 items": [(30, (0.50, 0.06, 0.04, 0.40))],
+    "100 items, few flips": [(100, (0.70, 0.02, 0.01, 0.27))],
 }  # fmt: skip
 
 
@@ -38,7 +42,7 @@ def simulate(tasks: list[tuple[int, tuple[float, ...]]], simulations: int, seed:
             counts = rng.multinomial(n, p)
             base[str(number)] = np.repeat([True, True, False, False], counts)
             cand[str(number)] = np.repeat([True, False, True, False], counts)
-        low, high = compare_answers(base, cand, seed=trial)["interval"]
+        low, high = compare_answers(base, cand, resamples=2, seed=trial)["interval"]
         hits += low <= truth <= high
         width += high - low
     return hits / simulations, width / simulations

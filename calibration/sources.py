@@ -1,16 +1,20 @@
-"""Where text comes from: files, the packaged default, and Hugging Face `datasets`, as one stream of records.
+"""Where text comes from: files, the packaged default, and Hugging Face `datasets`, as one stream of rows.
 
-A record is one document: a text, or a conversation (`messages`) that still has to be rendered. Sources are
-read lazily and in a given order, so that a budget of tokens touches only as much of a large file as it needs:
+A row is what one place of a source holds, not yet looked at (`calibration.rows` does that): its fields by name, or
+the text of a text file. Sources are read lazily and in a given order, so that a budget of tokens touches only as
+much of a large file as it needs:
 
-    .txt, .txt.gz      in order: one document, handed out in pieces; shuffled: cut at blank lines into
-                       passages of at least 4 kB, each a document of its own
-    .jsonl, .jsonl.gz  one object per line, `text` (or a column that is named) or `messages`
-    .parquet           the same as columns; shuffled by row group, then by row inside the group
-    hf:NAME[:CONFIG][@SPLIT]   a `datasets` name or a local data set folder; the split is `train` unless named
+    .txt, .md, also .gz      in order: one document, handed out in pieces; shuffled: cut at blank lines into
+                             passages of at least 4 kB, each a document of its own
+    .jsonl, .ndjson, also .gz   one row per line
+    .json, also .gz          an array of rows, an object that holds one ({"data": [...]}), or one row per line;
+                             the file is held in memory, its rows are parsed one by one
+    .parquet                 shuffled by row group, then by row inside the group
+    hf:NAME[:CONFIG][@SPLIT]   a `datasets` name or a local data set folder (`calibration.hub`)
 
-Orders come from the raw stream of a private PCG64, which numpy guarantees to be the same on every platform
-and in every version (its `shuffle` and `permutation` are not); no global random state is read or changed.
+A row that cannot be read is handed on with the reason (`error`); what makes a whole source unreadable is an
+InputError. Orders come from the raw stream of a private PCG64, which numpy guarantees to be the same on every
+platform and in every version (its `shuffle` and `permutation` are not); no global random state is read or changed.
 """
 
 import gzip
@@ -18,9 +22,9 @@ import json
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
@@ -31,22 +35,35 @@ import pyarrow.parquet as pq
 
 from gptoss_quantize.errors import InputError
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = (*(s + end for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json") for end in ("", ".gz")), ".parquet")
 PACKAGED = {
     "default": ("gptoss_quantize.calibration", "calibration.jsonl.gz", "default calibration text"),
     "heldout": ("gptoss_quantize.eval", "heldout.jsonl.gz", "default held-out text"),
 }
 PASSAGE, PASSAGE_LIMIT = 4096, 65536
 UNPACKED_IN_MEMORY = 64 << 20
+# what holds the rows of a .json file that is an object: `datasets` and most tools, the Hub's viewer, LMFlow
+ROWS_UNDER = ("data", "rows", "examples", "instances", "train")
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One document, or the next piece of the one before (`continued`), and where it was found."""
+class Row:
+    """What one place of a source holds, and where that is.
+
+    value: the fields by name; for a line of JSON whatever it holds; for a text file {"text": ...}.
+    continued: the next piece of the document before (text files in their order).
+    error: why there is no value; the row is to be skipped and counted.
+    whole: never to be cut: a passage of a text file, or a document of the packaged texts.
+    """
 
     value: Any
     where: str
     continued: bool = False
+    error: str | None = None
+    whole: bool = False
 
 
 def default_calibration_path() -> Path:
@@ -74,30 +91,69 @@ def describe(source: str) -> str:
     return source
 
 
-def read_records(source: str, *, column: str | None, prefer: str, seed: int | None) -> Iterator[Record]:
-    """Return the records of a source, in its order, or shuffled where there is a seed.
+def read_rows(source: str, *, fields: Collection[str], column: str | None, seed: int | None) -> Iterator[Row]:
+    """Return the rows of a source, in its order, or shuffled where there is a seed.
 
-    `prefer` is the column that is taken where both `text` and `messages` exist and `column` names none.
+    fields: the names that anything is done with; a table is read in these columns only (or in `column`), and one
+    without any of them is refused at once.
     """
-    choice = (column,) if column is not None else (prefer, "messages" if prefer == "text" else "text")
+    wanted = {*fields} if column is None else {*fields, column}
     if source.startswith("hf:"):
-        return _from_datasets(source, choice, seed)
+        # it brings pandas, fsspec and aiohttp in: over a second that other sources need not wait for
+        from gptoss_quantize.calibration.hub import rows_of_dataset  # noqa: PLC0415
+
+        return rows_of_dataset(source, wanted, column, seed)
     path = _packaged(source) if source in PACKAGED else Path(source)
     name = path.name.lower()
-    if not name.endswith(SUFFIXES):
-        raise InputError(
-            f"{source}: not a kind of text that is known here; expected a file in {', '.join(SUFFIXES)}, "
-            "hf:NAME[:CONFIG][@SPLIT] for a `datasets` name, or the word default"
-        )
     if path.is_dir():
         raise InputError(f"{source}: is a folder, a file was expected; hf:{source} reads a data set folder")
+    if not name.endswith(SUFFIXES):
+        raise InputError(f"{source}: {_unknown_kind(name)}")
     if not path.is_file():
         raise InputError(f"{source}: no such file; check the path (relative to {Path.cwd()})")
     if path.stat().st_size == 0:
         raise InputError(f"{source}: the file is empty; expected text")
     if name.endswith(".parquet"):
-        return _from_parquet(path, choice, seed)
-    return _from_json_lines(path, choice, seed) if ".jsonl" in name else _from_text(path, seed)
+        return _from_parquet(path, wanted, column, seed)
+    kind = name.removesuffix(".gz")
+    if kind.endswith(TEXT_SUFFIXES):
+        return _from_text(path, seed)
+    rows = _from_json(path, seed, lines=kind.endswith(LINE_SUFFIXES))
+    return (replace(row, whole=True) for row in rows) if source in PACKAGED else rows
+
+
+def is_plain_text(source: str) -> bool:
+    """Say whether a source is a text file, which has no columns."""
+    kind = source.lower().removesuffix(".gz")
+    return source not in PACKAGED and not source.startswith("hf:") and kind.endswith(TEXT_SUFFIXES)
+
+
+def columns(names: Iterable[str], wanted: Collection[str], column: str | None, where: str) -> list[str]:
+    """Return the columns of a table to read; InputError where it lacks the named one, or all that are known."""
+    names = list(names)
+    if column is not None and column not in names:
+        raise InputError(f"{where}: no column {column!r}, only {names}; name the one that holds the text (--column)")
+    found = [name for name in names if name in wanted]
+    if not found:
+        raise InputError(
+            f"{where}: no column 'messages' or 'text', nor another that is known, only {names}; "
+            "name the one that holds the text or the messages (--column)"
+        )
+    return found
+
+
+def _unknown_kind(name: str) -> str:
+    known = ", ".join(SUFFIXES)
+    expected = f"expected a file in {known}, hf:NAME[:CONFIG][@SPLIT] for a `datasets` name, or the word default"
+    packers = {".zst": "unzstd", ".xz": "unxz", ".bz2": "bunzip2", ".zip": "unzip"}
+    for end, unpack in packers.items():
+        if name.endswith(end):
+            return f"packed in a way that is not read here; unpack it with `{unpack}` first; {expected}"
+    if name.endswith((".csv", ".tsv", ".arrow")):
+        return (
+            f"not a kind of text that is known here; put it into a folder of its own, hf:FOLDER reads it; {expected}"
+        )
+    return f"not a kind of text that is known here; {expected}"
 
 
 def shuffled(count: int, seed: int | None, *key: int) -> Iterable[int]:
@@ -141,37 +197,155 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
+        kind = "utf-16" if data.startswith(UTF16) else "latin1"
         raise InputError(
             f"{path}: line {line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8 text; "
-            f"convert it, for example with `iconv -f latin1 -t utf8 {path.name}`"
+            f"convert it, for example with `iconv -f {kind} -t utf-8 {path.name}`"
         ) from error
 
 
-def _from_json_lines(path: Path, choice: tuple[str, ...], seed: int | None) -> Iterator[Record]:
+def _from_json(path: Path, seed: int | None, *, lines: bool) -> Iterator[Row]:
+    """Yield the rows of a JSON file: by line, or, where it begins as an array (`lines`: or an object), as a whole."""
     with _opened(path) as file:
-        starts, numbers, at = array("Q"), array("Q"), 0
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                starts.append(at)
-                numbers.append(number)
-            at += len(line)
-        for i in shuffled(len(starts), seed):
-            file.seek(starts[i])
-            where = f"{path}: line {numbers[i]}"
+        first = next((line for line in file if not line.isspace()), b"")
+        if first.startswith(UTF16):
+            _decode(first, path, 1)
+        start = first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        whole = False
+        if start == b"[" or (start == b"{" and not lines):
+            # a first line that is whole, with another one below, is JSON lines, whatever the file is called
+            content = parse_json(first)
+            more = any(not line.isspace() for line in file)
+            whole = isinstance(content, JsonError) or not (more or _is_conversation(content))
+        file.seek(0)
+        yield from _from_json_document(file, path, seed) if whole else _from_json_lines(file, path, seed)
+
+
+def _is_conversation(content: Any) -> bool:
+    """Say whether an array is one row, a conversation, and not an array of rows."""
+    first = content[0] if isinstance(content, list) and content else None
+    return isinstance(first, dict) and bool(first.keys() & {"role", "from"})
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON stands for; a JsonError (no exception) that says why where it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return JsonError(f"{error.msg}, column {error.colno}")
+    except (ValueError, RecursionError) as error:  # digits without end, bytes that are no text; nested without end
+        return JsonError(first_line(error))
+
+
+@dataclass(frozen=True, slots=True)
+class JsonError:
+    """Why a text is not JSON."""
+
+    reason: str
+
+
+def _row(text: str, where: str) -> Row:
+    value = parse_json(text)
+    if isinstance(value, JsonError):
+        expected = 'expected one object per line, such as {"text": "..."}'
+        return Row(None, where, error=f"not JSON ({value.reason}); {expected}; correct or delete the line")
+    return Row(value, where)
+
+
+def _from_json_lines(file: IO[bytes], path: Path, seed: int | None) -> Iterator[Row]:
+    starts, numbers, at = array("Q"), array("Q"), 0
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            starts.append(at)
+            numbers.append(number)
+        at += len(line)
+    for i in shuffled(len(starts), seed):
+        file.seek(starts[i])
+        where = f"{path}: line {numbers[i]}"
+        try:
             text = _decode(file.readline(), path, numbers[i])
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{where}: not JSON ({error.msg}, column {error.colno}); expected one object per line, "
-                    'such as {"text": "..."}; correct or delete the line'
-                ) from error
-            if not isinstance(row, dict):
-                raise InputError(f'{where}: a {type(row).__name__}; expected an object, such as {{"text": "..."}}')
-            yield Record(row[_pick(row, choice, where)], where)
+        except InputError as error:
+            yield Row(None, where, error=str(error).removeprefix(f"{where}: "))
+            continue
+        yield _row(text, where)
 
 
-def _from_text(path: Path, seed: int | None) -> Iterator[Record]:
+def _from_json_document(file: IO[bytes], path: Path, seed: int | None) -> Iterator[Row]:
+    """Yield the rows of a file that is one JSON array, or an object that holds one; each is named by its line."""
+    text = _decode(file.read(), path, 1)
+    start = _start_of_rows(text)
+    if start is None:  # an object that is itself the only row
+        value = parse_json(text)
+        if isinstance(value, JsonError):
+            raise InputError(
+                f"{path}: not JSON ({value.reason}); expected an array of rows; correct or write it again"
+            )
+        yield Row(value, f"{path}: line 1")
+        return
+    starts, ends = _elements(text, start, path)
+    lines = np.cumsum([1, *(text.count("\n", a, b) for a, b in zip([0, *starts], starts, strict=False))])[1:]
+    for i in shuffled(len(starts), seed):
+        row = _row(text[starts[i] : ends[i]], f"{path}: line {lines[i]}, row {i}")
+        # the Hub's viewer puts each row under "row"
+        inner = row.value.get("row") if isinstance(row.value, dict) else None
+        yield Row(inner, row.where) if isinstance(inner, dict) else row
+
+
+_DECODER = json.JSONDecoder()
+_SPACE = " \t\n\r"
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
+
+
+def _start_of_rows(text: str) -> int | None:
+    """Return where the array of rows begins: the text itself, or the first known key's; None where there is none."""
+    at = _skip(text, 0)
+    if text[at : at + 1] == "[":
+        return at
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        return None
+    key = next((k for k in ROWS_UNDER if isinstance(value.get(k), list)), None)
+    if key is None or not all(isinstance(row, dict) for row in value[key]):
+        return None
+    at += 1
+    while True:  # the keys of the object in turn; it is known to be valid JSON
+        name, at = _DECODER.raw_decode(text, _skip(text, at))
+        at = _skip(text, _skip(text, at) + 1)
+        if name == key:
+            return at
+        at = _skip(text, _DECODER.raw_decode(text, at)[1]) + 1
+
+
+def _elements(text: str, start: int, path: Path) -> "tuple[array[int], array[int]]":
+    """Return the starts and ends of an array's elements."""
+    starts, ends, at = array("Q"), array("Q"), _skip(text, start + 1)
+    while text[at : at + 1] != "]":
+        try:
+            end = _DECODER.raw_decode(text, at)[1]
+            after = _skip(text, end)
+            if text[after : after + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
+        except (ValueError, RecursionError) as error:
+            place = f"line {text.count(chr(10), 0, at) + 1}, row {len(starts)}"
+            raise InputError(
+                f"{path}: {place}: not JSON ({first_line(error)}); expected an array of rows; correct the file, or "
+                "write one row per line (.jsonl), where a bad one can be skipped"
+            ) from error
+        starts.append(at)
+        ends.append(end)
+        at = _skip(text, after + 1) if text[after] == "," else after
+    if start == _skip(text, 0) and (rest := _skip(text, at + 1)) < len(text):
+        place = f"line {text.count(chr(10), 0, rest) + 1}"
+        raise InputError(f"{path}: {place}: more text after the end of the array of rows; expected one array")
+    return starts, ends
+
+
+def _from_text(path: Path, seed: int | None) -> Iterator[Row]:
     with _opened(path) as file:
         starts, numbers, at, size = array("Q", [0]), array("Q", [1]), 0, 0
         for number, line in enumerate(file, 1):
@@ -185,54 +359,28 @@ def _from_text(path: Path, seed: int | None) -> Iterator[Record]:
             file.seek(starts[i])
             text = _decode(file.read(starts[i + 1] - starts[i]), path, numbers[i])
             where = f"{path}: line {numbers[i]}"
-            yield Record(text, where, continued=i > 0) if seed is None else Record(text.strip("\n"), where)
+            if seed is None:
+                yield Row({"text": text}, where, continued=i > 0, whole=True)
+            else:
+                yield Row({"text": text.strip("\n")}, where, whole=True)
 
 
-def _from_parquet(path: Path, choice: tuple[str, ...], seed: int | None) -> Iterator[Record]:
+def _from_parquet(path: Path, wanted: Collection[str], column: str | None, seed: int | None) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
-            column = _pick(file.schema_arrow.names, choice, str(path))
+            names = columns(file.schema_arrow.names, wanted, column, str(path))
             before = np.cumsum([0, *(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))])
             for g in shuffled(file.num_row_groups, seed):
-                rows = file.read_row_group(g, columns=[column]).column(0)
-                for i in shuffled(len(rows), seed, g):
-                    yield Record(rows[i].as_py(), f"{path}: row {before[g] + i}, column {column!r}")
+                group = file.read_row_group(g, columns=names)
+                for i in shuffled(group.num_rows, seed, g):
+                    row = {name: group.column(name)[i].as_py() for name in names}
+                    yield Row(row, f"{path}: row {before[g] + i}")
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"{path}: not a readable parquet file ({_first_line(error)}); write or fetch it again"
+            f"{path}: not a readable parquet file ({first_line(error)}); write or fetch it again"
         ) from error
 
 
-def _from_datasets(source: str, choice: tuple[str, ...], seed: int | None) -> Iterator[Record]:
-    # it brings pandas, fsspec and aiohttp in: over a second that other sources need not wait for
-    import datasets  # noqa: PLC0415
-
-    name, _, split = source.removeprefix("hf:").partition("@")
-    name, _, config = name.partition(":")
-    if not name:
-        raise InputError(f"{source}: names no data set; expected hf:NAME[:CONFIG][@SPLIT]")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{source}: the data set cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
-            "expected hf:NAME[:CONFIG][@SPLIT] in reach or in the cache; without a network, give a file "
-            f"({', '.join(SUFFIXES)}) or the word default"
-        ) from error
-    column = _pick(rows.column_names, choice, source)
-    rows = rows.select_columns([column])
-    for i in shuffled(len(rows), seed):
-        yield Record(rows[i][column], f"{source}: row {i}, column {column!r}")
-
-
-def _pick(columns: Iterable[str], choice: tuple[str, ...], where: str) -> str:
-    columns = list(columns)
-    for name in choice:
-        if name in columns:
-            return name
-    expected = " or ".join(repr(name) for name in choice)
-    raise InputError(f"{where}: no column {expected}, only {columns}; name the one that holds the text (--column)")
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,10 +8,16 @@ The separator is `<|endoftext|>` where the tokenizer has it: this is what stands
 training text of gpt-oss, and of most others. The eos token of a chat model is not: for gpt-oss it is
 `<|return|>`, which ends an assistant's turn. Without `<|endoftext|>` it is eos, then bos, then nothing.
 
-Conversations (`messages`) are rendered with the tokenizer's chat template: Harmony for gpt-oss, including the
-`thinking` of a message. Harmony's system message states the current date, which would give other tokens every
-day; here the template always sees the same date. Special tokens that are written out in a text are read as
-such, so conversations may also come as text that was rendered before.
+Rows are looked at before anything is rendered (`calibration.rows`); conversations are rendered with the tokenizer's
+chat template on a fixed date (`calibration.chat`): Harmony for gpt-oss, including the `thinking` of a message.
+Special tokens that are written out in a text are read as such, so conversations may also come as text that was
+rendered before. Rows that cannot be used are skipped and counted (`calibration.documents`).
+
+No document takes the whole budget: of a conversation at most an eighth of it is used, of any other row's text a
+quarter, in small budgets 1,024 tokens or half of it, and at least one sequence (or what `max_document` says).
+Where the text would not fill the budget so, both lengths are doubled until it does, or until nothing is cut. Text
+files (cut at blank lines already, or one document on purpose) and the packaged texts are not cut, nor is anything
+when all of a text is asked for.
 
 The SHA-256 of the ids goes into reports: equal hashes mean the same tokens in the same sequences.
 """
@@ -19,34 +25,47 @@ The SHA-256 of the ids goes into reports: equal hashes mean the same tokens in t
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gptoss_quantize.calibration.sources import Record, describe, read_records
+from gptoss_quantize.calibration.chat import DATE, FIXED_DATE, joined_contents, left_out, render, render_chat
+from gptoss_quantize.calibration.documents import Counts, checked_left_out, read_documents
+from gptoss_quantize.calibration.messages import RowError
+from gptoss_quantize.calibration.rows import Conversation
+from gptoss_quantize.calibration.sources import Row, describe
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.tokenizer_files import SideFiles, default_template, dump_config, side_files
 
-DATE = "2025-08-05"
-# a macro in front hides the function of this name that transformers gives to templates; a function passed as
-# a variable would not arrive, since variables are reduced to plain data
-FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
+__all__ = [
+    "DATE",
+    "FIXED_DATE",
+    "TextSpec",
+    "Tokens",
+    "load_following",
+    "load_tokenizer",
+    "load_tokens",
+    "render_chat",
+]
+CONVERSATION_SHARE, TEXT_SHARE = 8, 4  # of the budget of tokens, one part in so many
+DOCUMENT = 1024  # tokens that a document may have in any budget of twice as many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
     """Which text, how much of it, and in which order.
 
-    source: default (the packaged calibration text), heldout (the packaged evaluation text), a .txt, .jsonl or
-    .parquet file (the first two also gzipped), or hf:NAME[:CONFIG][@SPLIT].
-    column: the column that holds the text or the messages; without it, `messages` or `text`.
+    source: default (the packaged calibration text), heldout (the packaged evaluation text), a .txt, .jsonl, .json or
+    .parquet file (all but the last also gzipped), or hf:NAME[:CONFIG][@SPLIT].
+    column: the column that holds the text or the messages, in any shape; without it, what `calibration.rows` finds.
     tokens: the budget, rounded down to whole sequences; None takes all of the text.
     chat_template: whether messages are rendered with the chat template; without, their contents are joined.
+    max_document: tokens at which the document of a row is cut; None: an eighth of `tokens` for a conversation, a
+    quarter for a text; at least 1,024 (or half of `tokens`, if that is less), and at least `seq_len`.
     """
 
     source: str = "default"
@@ -56,6 +75,7 @@ class TextSpec:
     seed: int = 0
     chat_template: bool = True
     shuffle: bool = True
+    max_document: int | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
@@ -67,6 +87,15 @@ class TextSpec:
             )
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: expected 0 or more (--seed)")
+        if self.max_document is not None and self.max_document < 1:
+            raise InputError(f"documents of {self.max_document} tokens: expected at least 1")
+
+    def document_limit(self, *, conversation: bool, factor: int = 1) -> int | None:
+        """Return at how many tokens a document is cut; `factor` is how far the default length is raised."""
+        if self.max_document is not None or self.tokens is None:
+            return self.max_document
+        share = self.tokens // (CONVERSATION_SHARE if conversation else TEXT_SHARE)
+        return factor * max(self.seq_len, share, min(DOCUMENT, self.tokens // 2))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,12 +107,13 @@ class Tokens:
     source: str
     documents: int
     separator: str | None
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def tokens(self) -> int:
         return self.ids.numel()
 
-    def record(self) -> dict[str, str | int | None]:
+    def record(self) -> dict[str, Any]:
         """Return what a report says about the text."""
         return {
             "source": self.source,
@@ -93,7 +123,15 @@ class Tokens:
             "tokens": self.tokens,
             "separator": self.separator,
             "sha256": self.sha256,
+            **self.counts.record(),
         }
+
+    def line(self) -> str:
+        """Return one line about the text for a screen: how much of what was used, and what was not."""
+        conversations = f" ({self.counts.conversations:,} conversations)" if self.counts.conversations else ""
+        documents = "1 document" if self.documents == 1 else f"{self.documents:,} documents"
+        used = f"{self.tokens:,} tokens from {documents}{conversations} of {self.source}"
+        return "; ".join(filter(None, [used, self.counts.line()]))
 
 
 def load_tokenizer(model: str | Path | SideFiles) -> PreTrainedTokenizerBase:
@@ -125,12 +163,12 @@ def load_tokenizer(model: str | Path | SideFiles) -> PreTrainedTokenizerBase:
 def load_tokens(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Return the packed sequences that a spec stands for; the same spec gives the same ids everywhere."""
     wanted = None if spec.tokens is None else spec.tokens // spec.seq_len * spec.seq_len
-    stream, documents, separator = _stream(spec, tokenizer, 0, wanted)
-    have, needed = len(stream), wanted or spec.seq_len
+    needed = wanted or spec.seq_len
+    stream = _filled(spec, tokenizer, needed, wanted)
+    have = len(stream.ids)
     if have < needed:
-        raise InputError(_too_little(spec, have, documents, needed))
-    ids = stream[: wanted or have // spec.seq_len * spec.seq_len].reshape(-1, spec.seq_len)
-    return _tokens(spec, ids, documents, separator)
+        raise InputError(_too_little(spec, have, len(stream.documents), needed))
+    return stream.tokens(spec, 0, (wanted or have) // spec.seq_len)
 
 
 def load_following(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tokens | None:
@@ -141,43 +179,80 @@ def load_following(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, tokens: i
     if spec.tokens is None:
         raise ValueError("nothing follows all of the text")
     start = spec.tokens // spec.seq_len * spec.seq_len
-    rest, documents, separator = _stream(spec, tokenizer, start, start + max(tokens, spec.seq_len))
-    count = min(len(rest), tokens) // spec.seq_len
-    return _tokens(spec, rest[: count * spec.seq_len].reshape(count, -1), documents, separator) if count else None
+    # what `load_tokens` needs decides where documents are cut, here too
+    stream = _filled(spec, tokenizer, start, start + max(tokens, spec.seq_len))
+    count = min(len(stream.ids) - start, tokens) // spec.seq_len
+    return stream.tokens(spec, start, count) if count > 0 else None
 
 
-def _stream(
-    spec: TextSpec, tokenizer: PreTrainedTokenizerBase, start: int, wanted: int | None
-) -> tuple[torch.Tensor, int, tuple[str, int] | None]:
-    """Return (ids from `start` on of documents until `wanted` are there, documents of these, separator).
+@dataclass(slots=True)
+class _Stream:
+    """Documents in a row: ids [n] int64, and of each its first id, whether it is a conversation, and was cut."""
 
-    `wanted` None takes all of the text.
-    """
+    ids: torch.Tensor
+    documents: list[tuple[int, bool, bool]]
+    counts: Counts
+    separator: tuple[str, int] | None
+
+    def tokens(self, spec: TextSpec, start: int, sequences: int) -> Tokens:
+        """Return sequences from a place on, with the count of the documents that they hold something of."""
+        ids = self.ids[start : start + sequences * spec.seq_len].reshape(sequences, spec.seq_len)
+        ends = [at for at, *_ in self.documents[1:]] + [len(self.ids)]
+        used = [d for d, end in zip(self.documents, ends, strict=True) if end > start and d[0] < start + ids.numel()]
+        self.counts.conversations = sum(conversation for _, conversation, _ in used)
+        self.counts.cut = sum(cut for *_, cut in used)
+        return Tokens(
+            ids=ids,
+            sha256=_hash(ids),
+            source=describe(spec.source),
+            documents=len(used),
+            separator=self.separator[0] if self.separator else None,
+            counts=self.counts,
+        )
+
+
+def _filled(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, needed: int, wanted: int | None) -> _Stream:
+    """Return documents until `wanted` ids are there (None: all), cut as short as gives the `needed` ones."""
+    factor = 1
+    while True:
+        stream = _stream(spec, tokenizer, wanted, factor)
+        cut = any(cut for *_, cut in stream.documents)
+        if len(stream.ids) >= needed or not cut or spec.max_document is not None:
+            stream.counts.finish(spec.source)
+            return stream
+        factor *= 2
+
+
+def _stream(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, wanted: int | None, factor: int) -> _Stream:
     separator = _document_separator(tokenizer)
+    counts = Counts()
     pieces = [torch.empty(0, dtype=torch.int64)]
-    have = documents = before = 0
-    for record, text in _texts(spec, tokenizer):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    documents: list[tuple[int, bool, bool]] = []
+    have = 0
+    for row, text, conversation in _texts(spec, tokenizer, counts):
+        limit = None if row.whole else spec.document_limit(conversation=conversation, factor=factor)
+        ids, cut = _tokenized(text, tokenizer, limit)
+        if cut:
+            counts.cut_at = max(limit or 0, counts.cut_at or 0)
         # the first piece of a text may be blank, and then it is not here
-        if not record.continued or not documents:
-            before = documents if have <= start else before
+        if not row.continued or not documents:
             ids = [separator[1], *ids] if separator and documents else ids
-            documents += 1
+            documents.append((have, conversation, cut))
         pieces.append(torch.tensor(ids, dtype=torch.int64))
         have += len(ids)
         if wanted is not None and have >= wanted:
             break
-    return torch.cat(pieces)[start:], documents - before, separator
+    return _Stream(torch.cat(pieces), documents, counts, separator)
 
 
-def _tokens(spec: TextSpec, ids: torch.Tensor, documents: int, separator: tuple[str, int] | None) -> Tokens:
-    return Tokens(
-        ids=ids,
-        sha256=_hash(ids),
-        source=describe(spec.source),
-        documents=documents,
-        separator=separator[0] if separator else None,
-    )
+def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> tuple[list[int], bool]:
+    """Return the ids of a text and whether they were cut at a limit."""
+    # no token is 64 characters on average: the far end of an endless document need not be tokenized
+    near = text if limit is None else text[: 64 * limit]
+    ids: list[int] = tokenizer(near, add_special_tokens=False, verbose=False)["input_ids"]
+    if limit is None or (len(ids) <= limit and near == text):
+        return ids, False
+    return ids[:limit], True
 
 
 def _too_little(spec: TextSpec, have: int, documents: int, needed: int) -> str:
@@ -209,72 +284,34 @@ def _document_separator(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] |
     return None
 
 
-def _texts(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Record, str]]:
-    """Yield the records that hold text, each with its text; blank ones are passed over."""
+def _texts(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> Iterator[tuple[Row, str, bool]]:
+    """Yield (row, its text, whether that is a conversation) of the rows that hold text."""
     prefer = "messages" if spec.chat_template else "text"
     seed = spec.seed if spec.shuffle else None
-    for record in read_records(spec.source, column=spec.column, prefer=prefer, seed=seed):
-        value = record.value
-        if isinstance(value, list) and value:
-            value = _conversation(value, spec, tokenizer, record.where)
-        if value is None or value == []:
+    for row, found in read_documents(spec.source, column=spec.column, prefer=prefer, seed=seed, counts=counts):
+        if isinstance(found, str):
+            yield row, found, False
             continue
-        if not isinstance(value, str):
-            raise InputError(
-                f"{record.where}: a {type(value).__name__}; expected a text or a list of messages; "
-                "name the column that holds them (--column)"
-            )
-        if value and (record.continued or not value.isspace()):
-            yield record, value
+        try:
+            text = rendered(found, spec, tokenizer, row.where, counts)
+        except RowError as error:
+            counts.skip(spec.source, row.where, str(error))
+            continue
+        if text and not text.isspace():
+            yield row, text, True
 
 
-def _conversation(value: list[Any], spec: TextSpec, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """Return a conversation as the model sees it, or its contents alone where no template is asked for."""
-    messages = checked_messages(value, where)
-    if not spec.chat_template:
-        return "\n\n".join(m[key] for m in messages for key in ("thinking", "content") if m.get(key))
-    return render_chat(messages, tokenizer, where)
-
-
-def checked_messages(value: list[Any], where: str) -> list[dict[str, Any]]:
-    """Return the messages of a conversation without empty fields; InputError names the one that is none."""
-    return [_message(message, f"{where}: message {i}") for i, message in enumerate(value)]
-
-
-def render_chat(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, *, answer_next: bool = False
+def rendered(
+    conversation: Conversation, spec: TextSpec, tokenizer: PreTrainedTokenizerBase, where: str, counts: Counts
 ) -> str:
-    """Return a conversation in the tokenizer's chat template, with the opening of an answer where asked for."""
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{where}: holds a conversation, and the tokenizer has no chat template to render it with; "
-            "put the model's chat_template.jinja beside tokenizer.json, or join the contents without one "
-            "(--no-chat-template)"
-        )
+    """Return a conversation as the model sees it, or its contents alone where no template is asked for."""
+    if spec.chat_template:
+        text = render(conversation, tokenizer, where)
+        checked_left_out(conversation, left_out(conversation, tokenizer, where), where, counts)
+    else:
+        text = joined_contents(conversation)
     try:
-        template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            template = FIXED_DATE + template
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=answer_next
-            )
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{where}: the chat template refuses the conversation ({error}); expected roles and fields "
-            "that the template knows; correct or delete the record"
-        ) from error
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    """Return a message without empty fields; parquet gives every message every field, None where unset."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError(f'{where}: expected {{"role": ..., "content": ...}}, found {str(message)[:80]!r}')
-    kept = {key: value for key, value in message.items() if value is not None}
-    for key in ("content", "thinking"):
-        if not isinstance(kept.get(key, ""), str):
-            raise InputError(f"{where}: {key} is a {type(kept[key]).__name__}; expected a text")
-    if not kept.keys() & {"content", "thinking", "tool_calls"}:
-        raise InputError(f"{where}: has no content; expected a text under 'content'")
-    return kept
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("half of a surrogate pair, which is no text") from error
+    return text

@@ -80,7 +80,7 @@ def _tasks(record: dict[str, Any]) -> list[str]:
         lines.append(f"| {task} | {100 * found[0]['baseline_accuracy']:.1f} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Accuracy in percent; in brackets the difference in points with its 95 % paired bootstrap interval.",
+        "Accuracy in percent; in brackets the difference in points with its 95 % paired interval (Newcombe).",
     ]
     return lines
 

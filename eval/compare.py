@@ -28,14 +28,15 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.divergence import PerToken, check_pair, compare_states, details, summarize
 from gptoss_quantize.eval.examples import answer, load_model, too_large
 from gptoss_quantize.eval.experts import compare_experts
-from gptoss_quantize.eval.identity import check_kinship, cost, fingerprint
-from gptoss_quantize.eval.paired import compare_answers
+from gptoss_quantize.eval.identity import check_kinship, cost, fingerprint, pair_warnings
+from gptoss_quantize.eval.paired import compare_answers, fallen
 from gptoss_quantize.eval.tasks import TaskSettings, check_tasks, load_tasks, right_answers, run_tasks, task_model
 from gptoss_quantize.eval.texts import Text, load_text
 from gptoss_quantize.eval.trees import lay_out, predicting_states
-from gptoss_quantize.eval.verdict import judge, measured, sentence
+from gptoss_quantize.eval.verdict import fell, furthest, judge, measured, sentence
 from gptoss_quantize.files import write_json
 from gptoss_quantize.machine import peak_rss_mib
+from gptoss_quantize.sanity import suspicion
 
 SCHEMA = 1
 # start(what, steps) tells that work begins and returns the function to call after each step
@@ -212,8 +213,6 @@ def example_level(model: Model, settings: Settings, start: Start) -> Any:
     reason = None
     if not settings.prompts:
         reason = "not asked for"
-    elif model.checkpoint.adapter is not None:
-        reason = "the adapter is merged while streaming only"
     elif not kept.exists():
         reason = too_large(model.checkpoint)
     if reason is not None:
@@ -245,6 +244,17 @@ def _paired(base: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any]
     return entries, compare_answers(ours, theirs) if ours else None
 
 
+def suspect_texts(texts: list[dict[str, Any]], vocab: int) -> str | None:
+    """Return why a baseline is suspect by its perplexity on raw text and on conversations, None where it is not."""
+    found: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for text in texts:
+        kind, value = text["text"]["kind"], text["summary"]["baseline_perplexity"]
+        if value >= found.get(kind, 0):
+            found[kind], tokens[kind] = value, text["summary"]["tokens"]
+    return suspicion(found.get("raw"), tokens.get("raw", 0), vocab, chat=found.get("chat"))
+
+
 def _bits(right: list[int] | None) -> str | None:
     """Return answers as a string of 0 and 1."""
     return None if right is None else "".join(map(str, right))
@@ -273,6 +283,7 @@ def compare(
     started = time.perf_counter()
     models = open_models(baseline, candidates, dest)
     base, others = models[0], models[1:]
+    warnings = [words for model in others for words in pair_warnings(baseline, model.checkpoint, model.name)]
     texts = [load_text(spec, base.tokenizer, baseline.config.max_positions) for spec in settings.texts]
     for text in texts:
         check_pair(baseline, baseline, text.layout().ids[None])
@@ -293,15 +304,18 @@ def compare(
     base_tasks = tasks[base.name]["value"] if tasks else {}
     for entry in entries[1:]:
         entry["tasks"], entry["tasks_overall"] = _paired(base_tasks, entry["tasks"])
-        first = entry["texts"][0]["summary"] if entry["texts"] else None
-        level, reasons = judge(first, entry["tasks_overall"], settings.margin, _chance(base_tasks))
-        entry["verdict"] = {"level": level, "reasons": reasons}
+        level, reasons = judge(furthest(entry["texts"]), entry["tasks_overall"], settings.margin, _chance(base_tasks))
+        pairs = {task: found["paired"] for task, found in entry["tasks"].items() if found["paired"] is not None}
+        entry["tasks_fallen"] = fallen(pairs)
+        alarms = [words] if (words := fell(entry["tasks_fallen"])) else []
+        entry["verdict"] = {"level": level, "reasons": reasons, "alarms": alarms}
         entry["verdict"] |= {
             "measured": measured(entry, settings.margin),
             "sentence": sentence(entry, settings.margin),
         }
     for found in entries[0]["tasks"].values():
         found["right"] = _bits(found["right"])
+    suspect = suspect_texts(entries[0]["texts"], baseline.config.vocab)
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -312,6 +326,8 @@ def compare(
         "noise_floor": [entry["value"] for entry in noise],
         "noise_floor_dtypes": [str(dtype).removeprefix("torch."), "bfloat16 and float32 products, same weights"],
         "chance": _chance(base_tasks),
+        "suspect": suspect,
+        "warnings": warnings + ([f"baseline {baseline.path}: SUSPECT: {suspect}"] if suspect else []),
         "seconds": round(time.perf_counter() - started, 1),
         "machine": _machine(),
     }
@@ -327,6 +343,7 @@ def _entry(model: Model, tokens: list[Any], tasks: Any, experts: Any, examples: 
         "texts": [entry["value"] for entry in tokens],
         "tasks": {} if tasks is None else tasks["value"],
         "tasks_overall": None,
+        "tasks_fallen": [],
         "experts": None if experts is None else {"tokens": experts["tokens"], "layers": experts["value"]},
         "examples": examples["value"],
         "examples_left_out": examples["left_out"],

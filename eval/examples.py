@@ -5,13 +5,11 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from gptoss_quantize.calibration.text import render_chat
 from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.loading import load
-from gptoss_quantize.stock import stock_model
+from gptoss_quantize.eval.whole import whole_model
 
 LARGEST_SHARE = 0.5
 PROMPTS = (
@@ -22,12 +20,8 @@ PROMPTS = (
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Return the transformers model of a checkpoint; our int4 experts stay packed in memory."""
-    if checkpoint.expert_format == "int4":
-        return load(checkpoint.path, dtype=dtype)
-    # its own bars would tear ours apart
-    transformers.utils.logging.disable_progress_bar()
-    return stock_model(checkpoint, dtype)
+    """Return the transformers model of a checkpoint, its adapter merged; our int4 experts stay packed in memory."""
+    return whole_model(checkpoint, dtype)
 
 
 def too_large(checkpoint: Checkpoint) -> str | None:
@@ -38,7 +32,7 @@ def too_large(checkpoint: Checkpoint) -> str | None:
     shapes = checkpoint.shapes().values()
     parameters = sum(int(torch.Size(shape).numel()) for shape in shapes)
     stored = sum(path.stat().st_size for path in checkpoint.files())
-    needed = stored if checkpoint.expert_format == "int4" else 2 * parameters
+    needed = stored if checkpoint.layout.packed else 2 * parameters
     free = psutil.virtual_memory().available
     if needed <= LARGEST_SHARE * free:
         return None

@@ -16,6 +16,8 @@ REPORT_NAME = "quantization_report.json"
 LEAST_COSINE = 0.9
 PROBE_ROWS = 256
 READ_BYTES = 1 << 24
+# fields of the config that no shape of a tensor shows
+COMPUTED_WITH = ("sliding_window", "layer_types", "rope", "rms_eps", "swiglu_limit", "swiglu_alpha", "top_k", "heads")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -48,6 +50,58 @@ def check_kinship(baseline: Checkpoint, candidate: Checkpoint) -> None:
                 f"{LEAST_COSINE}); a candidate must be made from the baseline {baseline.path}: give the model "
                 "that it was made from (--baseline), with the same --adapter if there was one"
             )
+
+
+def config_differences(baseline: Checkpoint, candidate: Checkpoint) -> list[str]:
+    """Return what the two configs say differently of how to compute: the same weights would mean another model."""
+    out = []
+    for name in COMPUTED_WITH:
+        ours, theirs = getattr(baseline.config, name), getattr(candidate.config, name)
+        if ours != theirs:
+            out.append(f"{name} is {_short(theirs)}, the baseline's {_short(ours)}")
+    return out
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def adapter_difference(baseline: Checkpoint, candidate: Checkpoint) -> str | None:
+    """Return that one of the two was made with an adapter and the other without, None where they are alike.
+
+    A candidate says so in its quantization report; where it has none, nothing is known and nothing said.
+    """
+    settings = _made_by(candidate.path)["quantized_settings"]
+    if settings is None:
+        return None
+    theirs = settings.get("adapter")
+    ours = None if baseline.adapter is None else str(baseline.adapter.path.resolve())
+    if theirs is not None and ours is None:
+        return (
+            f"it was made with the adapter {theirs}, and the baseline has none: what the fine-tuning changed counts "
+            f"as error; give the baseline the same adapter (--adapter {theirs})"
+        )
+    if theirs is None and ours is not None:
+        return (
+            f"it was made without an adapter, and the baseline has {ours}: what the fine-tuning changed counts as "
+            "error; leave --adapter out, or quantize with it"
+        )
+    if ours is not None and baseline.adapter is not None:
+        files = sorted(baseline.adapter.path.glob("adapter_*"))
+        if {path.name: path.stat().st_size for path in files} != {
+            name: entry[0] for name, entry in settings.get("adapter_files", {}).items()
+        }:
+            return f"it was made with another adapter, {theirs}, than the baseline's {ours}"
+    return None
+
+
+def pair_warnings(baseline: Checkpoint, candidate: Checkpoint, name: str) -> list[str]:
+    """Return what makes a comparison of the two mean less than it seems to, one sentence each."""
+    found = [f"{name}: {difference}" for difference in config_differences(baseline, candidate)]
+    if (words := adapter_difference(baseline, candidate)) is not None:
+        found.append(f"{name}: {words}")
+    return found
 
 
 def part_of(name: str) -> str:

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.card import card
-from gptoss_quantize.eval.verdict import WORDS, points
+from gptoss_quantize.eval.verdict import CEILING_KL, LEAST_TOP1, WORDS, points
 from gptoss_quantize.files import write_json
 
 TEMPLATE = "report.html.j2"
@@ -164,7 +164,7 @@ def render(record: dict[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
     source = (files("gptoss_quantize.eval") / "data" / TEMPLATE).read_text(encoding="utf-8")
-    hidden = ("candidates", "baseline", "noise_floor", "command")
+    hidden = ("candidates", "baseline", "noise_floor", "command", "warnings")
     provenance = {k: v for k, v in record.items() if k not in hidden}
     provenance["models"] = {m["name"]: {k: m[k] for k in ("path", "sha256", "seconds")} for m in models}
     provenance["texts"] = [t["text"] for t in record["baseline"]["texts"]]
@@ -174,6 +174,8 @@ def render(record: dict[str, Any]) -> str:
         title=f"{Path(record['baseline']['path']).name}: {len(record['candidates'])} checkpoint(s) compared",
         record=record,
         words=WORDS,
+        ceiling_kl=CEILING_KL,
+        least_top1=LEAST_TOP1,
         models=models,
         tasks=task_rows(record),
         figures=figures(record),

@@ -15,16 +15,17 @@ from rich.progress import Progress
 
 from gptoss_quantize.adapter import Adapter
 from gptoss_quantize.architectures import SIZES, gptoss_config
-from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
+from gptoss_quantize.calibration.text import TextSpec, Tokens, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import compare as comparison
-from gptoss_quantize.eval.divergence import evaluate
+from gptoss_quantize.eval.divergence import check_pair, evaluate
+from gptoss_quantize.eval.identity import pair_warnings
 from gptoss_quantize.eval.report import need_matplotlib, write_report
 from gptoss_quantize.eval.tasks import export
+from gptoss_quantize.eval.whole import whole_model
 from gptoss_quantize.hub import resolve
-from gptoss_quantize.loading import load
 from gptoss_quantize.machine import compute_dtype, pick_device, release_memory
 from gptoss_quantize.quantize.awq import FOLDED
 from gptoss_quantize.quantize.budget import memory_plan
@@ -34,12 +35,13 @@ from gptoss_quantize.quantize.polish import FINAL, NORMS, text_needed
 from gptoss_quantize.quantize.ranks import joined
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
+from gptoss_quantize.runtimes.check_file import check_file
 from gptoss_quantize.runtimes.readback import changed_outside_experts, summary
 from gptoss_quantize.runtimes.verify import Job as VerifyJob
-from gptoss_quantize.runtimes.verify import verify
+from gptoss_quantize.runtimes.verify import spread, verify
+from gptoss_quantize.sanity import look, suspicion
 from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
 from gptoss_quantize.sizes import PlanRequest, disk, fits, serve_command, shard_tensors, sparsity
-from gptoss_quantize.stock import stock_model
 from gptoss_quantize.terminal import console
 
 DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -79,6 +81,7 @@ def quantize_model(
         tokens = load_tokens(text, tokenizer)
         if job.polish:
             job = replace(job, polish_text=load_following(text, tokenizer, text_needed(job.polish, text.seq_len)))
+    job = replace(job, look=lambda: _look(source, tokens, job.dtype or compute_dtype("cpu"), bar))
     task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
     polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
     with joined(job.device) as ranks:
@@ -101,6 +104,26 @@ def quantize_model(
             f"{', '.join(changed['first'])}; a failing disk, or a bug of ours: please report it"
         )
     return report
+
+
+def _look(source: Checkpoint, tokens: Tokens | None, dtype: torch.dtype, bar: Progress) -> dict[str, Any] | None:
+    """Return what the source makes of its first thousand tokens, and say loudly where that is nothing."""
+    try:
+        tokenizer = load_tokenizer(source.side)
+        ids = load_tokens(TextSpec(tokens=1024, seq_len=256), tokenizer).ids if tokens is None else tokens.ids
+    except InputError as error:
+        if tokens is not None:
+            raise
+        # a method that needs no text also needs no tokenizer
+        bar.console.print(f"[yellow]the model was not tried on text[/yellow]: {escape(str(error))}")
+        return None
+    if int(ids.max()) >= source.config.vocab:
+        return None
+    task = bar.add_task("can it predict text? layer", total=source.config.layers)
+    found = look(source, tokenizer, ids, dtype, lambda index: bar.update(task, completed=index + 1))
+    if found["suspect"]:
+        bar.console.print(f"[bold red]SUSPECT:[/bold red] {escape(f'{source.path}: ' + found['suspect'])}")
+    return found
 
 
 def evaluate_models(
@@ -127,10 +150,15 @@ def evaluate_models(
     task = bar.add_task("evaluate: layer", total=base.config.layers * (1 + len(opened)))
     resolved = DTYPES[dtype] or compute_dtype("cpu")
     results = evaluate(base, list(opened.values()), tokens.ids, resolved, lambda: bar.advance(task))
+    first = results[0]
+    suspect = suspicion(first["baseline_perplexity"], first["tokens"], base.config.vocab)
+    warnings = [words for name, candidate in opened.items() for words in pair_warnings(base, candidate, name)]
     return {
         "text": tokens.record(),
         "dtype": str(resolved).removeprefix("torch."),
         "seconds": round(time.perf_counter() - started, 1),
+        "suspect": suspect,
+        "warnings": warnings + ([f"baseline {base.path}: SUSPECT: {suspect}"] if suspect else []),
         "results": dict(zip(opened, results, strict=True)),
     }
 
@@ -187,18 +215,18 @@ def verify_checkpoint(
     tokenizer = load_tokenizer(opened.side)
     spec = TextSpec(source=text, tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
     ids = load_tokens(spec, tokenizer).ids
-    # evenly spread, the last position included
-    positions = sorted({round((i + 1) * seq_len / count) - 1 for i in range(count)} - {-1})
     job = VerifyJob(
         checkpoint=opened,
         baseline=None if baseline is None else open_checkpoint(baseline),
         ids=ids,
-        positions=positions,
+        positions=spread(seq_len, count),
         texts=[str(tokenizer.decode(row)) for row in ids],
         progress=progress,
         **options,
     )
-    return [row.record() for row in verify(job, runtimes)]
+    if job.baseline is not None:
+        check_pair(job.baseline, opened, ids)
+    return [row.record() for row in [*check_file(job), *verify(job, runtimes)]]
 
 
 def plan_model(wanted: PlanRequest) -> dict[str, Any]:
@@ -245,7 +273,7 @@ def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, d
     checkpoint = Checkpoint(model)
     say(checkpoint)
     resolved = DTYPES[dtype] or compute_dtype("cpu")
-    network: Any = load(model, dtype=resolved) if checkpoint.layout.packed else stock_model(checkpoint, resolved)
+    network: Any = whole_model(checkpoint, resolved)
     if raw:
         inputs = tokenizer(prompt, return_tensors="pt")
     else:

@@ -196,6 +196,8 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
         f"{report['expert_bits_per_weight']:.2f} bits per weight, {report['seconds']:.0f} s, "
         f"peak {report['peak_rss_mib']} MiB"
     )
+    if report["suspect"]:
+        console.print(f"[bold red]SUSPECT:[/bold red] the source's {escape(report['suspect'])}", soft_wrap=True)
     if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
         what, error = "the experts' outputs", report["mean_output_error"]
         if error is None:
@@ -258,6 +260,8 @@ def evaluate(
         )
     if json_out:
         json_out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for words in record["warnings"]:
+        console.print(f"[bold red]warning:[/bold red] {escape(words)}", soft_wrap=True, highlight=False)
     (result,) = record["results"].values()
     table = Table(title=escape(f"{candidate} against {baseline}, {result['tokens']} tokens"))
     table.add_column("measure")

@@ -126,6 +126,8 @@ def compare(
 
 def print_verdicts(record: dict[str, Any], report: Path) -> None:
     """Print one line per candidate, and where the report is."""
+    for words in record.get("warnings", []):
+        console.print(f"[bold red]warning:[/bold red] {escape(words)}", soft_wrap=True, highlight=False)
     for entry in record["candidates"]:
         style = STYLES[entry["verdict"]["level"]]
         console.print(

@@ -205,7 +205,7 @@ def verify(
     if json_out:
         json_out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     Console().print(verify_table(checkpoint, baseline, rows))
-    if any(row["verdict"] == "DISAGREES" for row in rows):
+    if any(row["verdict"] in ("DISAGREES", "FAILED") for row in rows):
         raise typer.Exit(1)
 
 

@@ -23,7 +23,8 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import LAYOUTS, Layout, quantization_config
 from gptoss_quantize.shards import ShardFile, Weights, same_bytes
 
-INDEX_NAMES = tuple(dict.fromkeys(layout.index_name for layout in reversed(LAYOUTS.values())))
+# names of our own first
+INDEX_NAMES = tuple(sorted({layout.index_name for layout in LAYOUTS.values()}))
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX_REMEDY = "get the index and all files it names from the source again"

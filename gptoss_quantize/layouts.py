@@ -104,10 +104,13 @@ class Layout:
         """Return the stored name of a projection, "gate_up" or "down"."""
         return self.stems[PARTS.index(part)]
 
+    def inner(self, expert: int, part: str) -> str:
+        """Return what the names of one expert's projection begin with inside a layer."""
+        return "mlp.experts." + (self.stem(part) if self.fused else f"{expert}.{self.stem(part)}")
+
     def base(self, layer: int, expert: int, part: str) -> str:
         """Return what the full names of one expert's projection begin with."""
-        inner = self.stem(part) if self.fused else f"{expert}.{self.stem(part)}"
-        return f"model.layers.{layer}.mlp.experts.{inner}"
+        return f"model.layers.{layer}.{self.inner(expert, part)}"
 
     def stored(self, config: ModelConfig, group_size: int, experts: int | None = None) -> Stored:
         """Return name below `mlp.experts.` -> (shape, allowed dtypes) of every expert tensor of a layer."""
@@ -132,7 +135,7 @@ class Layout:
         try:
             return self.read(stored, dtype)
         except ValueError as error:
-            raise ValueError(f"{base}{error}" + (f" in expert {expert}" if self.fused else "")) from None
+            raise ValueError(base + str(error).format(at="" if index is None else f"[{index}]")) from None
 
     def bias(self, read: Read, layer: int, expert: int, part: str) -> Tensor:
         """Return one expert's bias [R] as stored."""
@@ -151,7 +154,7 @@ class Layout:
         if self.store is None:
             raise ValueError(f"experts are not written as {self.name}")
         expert, experts = place
-        base = "mlp.experts." + (self.stem(part) if self.fused else f"{expert}.{self.stem(part)}")
+        base = self.inner(expert, part)
         parts = self.store(codes_RC, scale_RG) | {"_bias": bias_R.to(torch.bfloat16)}
         for suffix, tensor in parts.items():
             if not self.fused:
@@ -244,7 +247,7 @@ def _mxfp4_matrix(rows: int, columns: int, group_size: int) -> Stored:
 
 def _read_mxfp4(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     if bool((stored["_scales"] == mxfp4.SCALE_NAN).any()):
-        raise ValueError("_scales holds 255, the E8M0 code for NaN")
+        raise ValueError("_scales{at} holds 255, the E8M0 code for NaN")
     return mxfp4.decode(stored["_blocks"], stored["_scales"], dtype)
 
 
@@ -292,7 +295,7 @@ INT4 = Layout(
     group_sizes=(64, 32),
     packed=True,
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, MXFP4, INT4)}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, INT4, MXFP4)}
 
 
 def quantization_config(layout: Layout, group_size: int = 0) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One quantization as data: its options, whether they go together, and all that the result depends on."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Job:
     polish_text: Tokens | None = None  # what it works on: text that calibration does not see
     resume: bool = False
     overwrite: bool = False
+    # what the source makes of a little text (gptoss_quantize.sanity), asked once, before the first layer
+    look: Callable[[], dict[str, Any] | None] | None = None
 
     @property
     def layout(self) -> Layout:

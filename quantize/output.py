@@ -44,6 +44,7 @@ def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str,
     """Return the state of a run that was finished but for its name: it was stopped after the state was deleted."""
     same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes", "polish", "source_is_mxfp4")}
     return same | {
+        "sanity": report.get("sanity"),
         "weight_map": index["weight_map"],
         "seconds": report["seconds_by_phase"],
         "elapsed": report["seconds"],

@@ -27,12 +27,16 @@ from torch.nn import functional
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.kernels.experts import by_halves, tokens_of
+from gptoss_quantize.layouts import WRITTEN
 from gptoss_quantize.model import attend, batches, mlp_input, rms_norm, rope_tables, router
 from gptoss_quantize.quantize.budget import POLISH_CHUNK
-from gptoss_quantize.quantize.polish_expert import ExpertOutput, Kept, Matrix, int4_matrix, mxfp4_matrix
+from gptoss_quantize.quantize.polish_expert import MATRICES, ExpertOutput, Kept, Matrix
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 FINAL = "model.norm.weight"
+# scales that may move; those of MXFP4 are powers of two and do not
+SCALE_SUFFIX = "_weight_scale"
+_GATE_UP_BIASES = tuple(f"{layout.stem('gate_up')}_bias" for layout in WRITTEN.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +102,13 @@ def free_values(tensors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, Fr
     rounding: Callable[[torch.Tensor], torch.Tensor]
     for name, stored in tensors.items():
         start = stored.float()
-        if name.endswith("_weight_scale"):
+        if name.endswith(SCALE_SUFFIX):
             unit, rounding = start, int4.round_scale
         elif name in NORMS or name == FINAL:
             unit, rounding = start, _stored_as(stored.dtype)
         elif "experts" in name and name.endswith("_bias"):
             # pre-activations are of order one, and the experts' outputs a tenth of that
-            size = 1.0 if ("w13" in name or "gate_up" in name) else 0.1
+            size = 1.0 if name.endswith(_GATE_UP_BIASES) else 0.1
             unit, rounding = torch.tensor(size), _stored_as(stored.dtype)
         else:
             continue
@@ -114,17 +118,16 @@ def free_values(tensors: dict[str, torch.Tensor], seed: int = 0) -> dict[str, Fr
 
 
 def _projection(
-    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], expert: int, short: str, dtype: torch.dtype
+    tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor], expert: int, part: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor, Matrix]:
-    """Return (scales or None, bias, matrix) of an expert's "w13" or "w2", w13 sorted into gates, then ups."""
-    long, order = ("gate_up_proj", by_halves) if short == "w13" else ("down_proj", lambda rows: rows)
-    base, fused = f"mlp.experts.{expert}.{short}_", f"mlp.experts.{long}_"
-    if base + "weight_packed" in tensors:
-        scale = order(values[base + "weight_scale"])
-        matrix = int4_matrix(order(tensors[base + "weight_packed"]), scale.shape[1], dtype)
-        return scale, order(values[base + "bias"]), matrix
-    blocks, scales = (order(tensors[fused + part][expert]) for part in ("blocks", "scales"))
-    return None, order(values[fused + "bias"][expert]), mxfp4_matrix(blocks, scales, dtype)
+    """Return (scales or None, bias, matrix) of an expert's projection, gate_up sorted into gates, then ups."""
+    order = by_halves if part == "gate_up" else lambda rows: rows
+    layout = next(one for one in WRITTEN.values() if one.inner(expert, part) + one.suffixes[0] in tensors)
+    base, at = layout.inner(expert, part), (expert,) if layout.fused else ()
+    stored = [order(tensors[base + suffix][at]) for suffix in layout.suffixes]
+    free = values.get(base + SCALE_SUFFIX)
+    scale = None if free is None else order(free)
+    return scale, order(values[base + "_bias"][at]), MATRICES[layout.name](*stored, dtype)
 
 
 def run_layer(
@@ -152,8 +155,8 @@ def run_layer(
         token, slot = tokens_of(index_TK, e)
         if not token.numel():
             continue
-        scale13, bias13, w13 = _projection(tensors, values, e, "w13", dtype)
-        scale2, bias2, w2 = _projection(tensors, values, e, "w2", dtype)
+        scale13, bias13, w13 = _projection(tensors, values, e, "gate_up", dtype)
+        scale2, bias2, w2 = _projection(tensors, values, e, "down", dtype)
         here = [] if kept is None else kept.setdefault(e, [])
         inputs = x.index_select(0, token), prob_TK[token, slot], scale13, bias13, scale2, bias2
         y = ExpertOutput.apply(*inputs, w13, w2, config, here)

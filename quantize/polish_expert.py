@@ -17,6 +17,7 @@ from torch.nn import functional
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4, mxfp4, native
 from gptoss_quantize.kernels.experts import activated, swiglu_slope
+from gptoss_quantize.layouts import INT4, MXFP4
 
 
 @dataclass(slots=True)
@@ -47,6 +48,13 @@ def int4_matrix(packed_RW: torch.Tensor, groups: int, dtype: torch.dtype) -> Mat
 def mxfp4_matrix(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Matrix:
     """Return a matrix of MXFP4 blocks, of which nothing is free."""
     return Matrix(lambda _: mxfp4.decode(blocks, scales, dtype), None)
+
+
+# layout -> (stored tensors by the order of its suffixes, compute dtype) -> matrix
+MATRICES: dict[str, Callable[..., Matrix]] = {
+    INT4.name: lambda packed, scale, dtype: int4_matrix(packed, scale.shape[1], dtype),
+    MXFP4.name: mxfp4_matrix,
+}
 
 
 @dataclass(slots=True)

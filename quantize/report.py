@@ -19,11 +19,12 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
     return {
         "schema": 1,
         "settings": output.state["settings"],
-        "calibration": None
-        if tokens is None
-        else {"source": tokens.source, "sha256": tokens.sha256, "shape": list(tokens.ids.shape)},
+        "calibration": None if tokens is None else {**tokens.record(), "shape": list(tokens.ids.shape)},
         "expert_bits_per_weight": bits,
         "source_is_mxfp4": output.state["source_is_mxfp4"],
+        # what the source makes of a little text; suspect: why it cannot predict any, where it cannot
+        "sanity": output.state.get("sanity"),
+        "suspect": (output.state.get("sanity") or {}).get("suspect"),
         # of plain rounding, where the source is MXFP4: |error|^2 / |weights|^2
         "weight_error": _share([layer["weight_error"] for layer in layers if "weight_error" in layer]),
         "mean_output_error": _mean([e["output_error"] for _, e in entries if e["output_error"] is not None]),

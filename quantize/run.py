@@ -132,6 +132,11 @@ def _work(run: Run) -> dict[str, Any]:
     done = len(output.state["layers"])
     if not output.state["weight_map"]:
         _first_shard(run)
+    if run.first and "sanity" not in output.state:
+        # after the first state, so that a run that this refuses is resumed like any other
+        output.state["sanity"] = None if run.job.look is None else run.job.look()
+        output.save_state()
+    everyone(ranks, None)
     for i in range(done):
         run.on_layer(i)
     with torch.inference_mode():

@@ -8,7 +8,7 @@ from torch import nn
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.loading import load
-from gptoss_quantize.stock import stock_model
+from gptoss_quantize.runtimes.stock import stock_model
 
 
 def packed(path: Path, dtype: torch.dtype) -> nn.Module:

@@ -57,7 +57,7 @@ def log_probs(path: Path, backend: str, prompts: list[list[int]], work: Path | N
 
 def placement(checkpoint: Checkpoint) -> list[tuple[str, str, str]]:
     """Return (what, verdict, note) lines for the loader; int4 checkpoints of ours only."""
-    if checkpoint.expert_format != "int4":
+    if not checkpoint.layout.packed:
         return [
             ("loader", NOT_CHECKED, f"only int4 placement is known here, the experts are {checkpoint.expert_format}")
         ]

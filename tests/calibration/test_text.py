@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gptoss_quantize.calibration.sources import default_calibration_path, read_records
+from gptoss_quantize.calibration.sources import default_calibration_path, read_rows
 from gptoss_quantize.calibration.text import DATE, TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.errors import InputError
 
@@ -77,8 +77,9 @@ def json_lines(path: Path, rows: list) -> Path:
 
 
 def ordered(source: Path | str, **options) -> TextSpec:
-    """Return a spec for all of a text, in its order, in sequences of 8."""
-    return TextSpec(**{"source": str(source), "tokens": None, "seq_len": 8, "shuffle": False, **options})
+    """Return a spec for all of a text, in its order, uncut, in sequences of 8."""
+    usual = {"source": str(source), "tokens": None, "seq_len": 8, "shuffle": False, "max_document": 10**6}
+    return TextSpec(**usual | options)
 
 
 def text_of(spec: TextSpec, tokenizer) -> str:
@@ -119,7 +120,7 @@ def test_plain_text_in_order_is_one_document_in_pieces(kind: str, tmp_path: Path
     data = text.replace("\n", "\r\n").encode("utf-8-sig")
     path = tmp_path / f"text.{kind}"
     path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
-    assert len(list(read_records(str(path), column=None, prefer="text", seed=None))) > 3
+    assert len(list(read_rows(str(path), fields=("text",), column=None, seed=None))) > 3
     assert load_tokens(ordered(path), tokenizer).documents == 1
     assert_packed(ordered(path), tokenizer, text)
 
@@ -185,7 +186,7 @@ def test_text_is_preferred_where_no_chat_template_is_wanted(tmp_path: Path, harm
 
 def test_sequences_are_whole_and_the_budget_is_rounded_down(tmp_path: Path, tokenizer) -> None:
     path = json_lines(tmp_path / "data.jsonl", [{"text": text} for text in DOCUMENTS])
-    tokens = load_tokens(TextSpec(source=str(path), tokens=115, seq_len=10), tokenizer)
+    tokens = load_tokens(TextSpec(source=str(path), tokens=115, seq_len=10, max_document=10**6), tokenizer)
     assert tokens.ids.shape == (11, 10)
     assert tokens.ids.dtype == torch.int64
     assert tokens.tokens == 110
@@ -197,6 +198,13 @@ def test_sequences_are_whole_and_the_budget_is_rounded_down(tmp_path: Path, toke
         "tokens": 110,
         "separator": END,
         "sha256": tokens.sha256,
+        "conversations": 0,
+        "documents_cut": 0,
+        "cut_at": None,
+        "rows_empty": 0,
+        "rows_skipped": 0,
+        "skipped": [],
+        "messages_left_out": 0,
     }
 
 
@@ -204,14 +212,13 @@ def test_no_more_documents_are_read_than_needed(tmp_path: Path, tokenizer) -> No
     path = json_lines(tmp_path / "data.jsonl", [{"text": text} for text in DOCUMENTS])
     path.write_text(path.read_text(encoding="utf-8") + "not json\n", encoding="utf-8")
     tokens = load_tokens(ordered(path, tokens=64), tokenizer)
-    assert tokens.documents == 2
-    with pytest.raises(InputError, match="line 9"):
-        load_tokens(ordered(path), tokenizer)
+    assert tokens.documents == 2 and tokens.counts.skipped == 0
+    assert "line 9: not JSON" in load_tokens(ordered(path), tokenizer).counts.named[0]
 
 
 def test_what_follows_is_the_rest_of_the_same_text(tmp_path: Path, tokenizer) -> None:
     path = json_lines(tmp_path / "data.jsonl", [{"text": text} for text in DOCUMENTS])
-    spec = TextSpec(source=str(path), tokens=40, seq_len=8, seed=5)
+    spec = TextSpec(source=str(path), tokens=40, seq_len=8, seed=5, max_document=10**6)
     whole = load_tokens(replace(spec, tokens=None), tokenizer).ids
     first, more = load_tokens(spec, tokenizer), load_following(spec, tokenizer, 24)
     assert torch.equal(first.ids, whole[:5])
@@ -329,16 +336,16 @@ def test_impossible_specs_are_refused(options: dict, message: str) -> None:
         ("data.txt", b" \n\n", "data.txt: holds no text; expected at least one document"),
         ("data.jsonl", b'{"text": "caf\xe9"}\n', r"line 1: byte 0xe9 is not UTF-8; expected .*iconv"),
         ("data.txt", b"one\ntwo\ncaf\xe9\n", r"line 3: byte 0xe9 is not UTF-8; expected .*iconv"),
-        ("data.jsonl", b'{"text": "a"}\n\n{"text": \n', r"line 3: not JSON .*expected one object per line"),
-        ("data.jsonl", b'["a"]\n', "line 1: a list; expected an object"),
-        ("data.jsonl", b'{"body": "a"}\n', r"line 1: no column 'messages' or 'text', only \['body'\]; name"),
+        ("data.jsonl", b'\n\n{"text": \n', r"line 3: not JSON .*expected one object per line"),
+        ("data.jsonl", b"7\n", "line 1: a int; expected an object"),
+        ("data.jsonl", b'{"body": "a"}\n', r"line 1: no column 'messages' or 'text'.*only \['body'\]; name"),
         ("data.jsonl", b'{"text": 7}\n', r"line 1: a int; expected a text .*--column"),
         ("data.jsonl", b'{"messages": ["hello"]}\n', "line 1: message 0: expected .*found 'hello'"),
         ("data.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1: message 0: has no content"),
         (
             "data.jsonl",
             b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n',
-            "message 0: content is a list; expected a text",
+            "message 0: content is a list with a part of type 'text' without text; expected a text",
         ),
         (
             "data.jsonl",

@@ -1,6 +1,8 @@
 """Raw text and conversations as trees: what is scored, and what stands before it."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,7 @@ def test_the_hash_names_the_tokens(harmony, tmp_path):
             [{"messages": [{"role": "poet", "content": "O"}, *CHAT[1:2]]}],
             "refuses the conversation .*unknown role poet",
         ),
-        ([{"messages": CHAT}, {"messages": "plain"}], "line 2: no list of messages"),
+        ([{"messages": CHAT}, *[{"messages": "plain"}] * 2], "line 2: no list of messages"),
     ],
 )
 def test_conversations_that_cannot_be_scored_are_refused(harmony, tmp_path, rows, message):
@@ -103,9 +105,52 @@ def test_conversations_that_cannot_be_scored_are_refused(harmony, tmp_path, rows
         load_text(write(tmp_path / "chat.jsonl", rows), harmony, 1000)
 
 
-def test_a_template_that_writes_another_beginning_is_refused(harmony, tmp_path):
-    import copy
+def test_rows_of_other_shapes_are_chat_and_bad_ones_are_counted(harmony, tmp_path):
+    shapes = [
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"instruction": "Q", "input": "", "output": "A"},
+        {"messages": json.dumps([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])},
+    ]
+    text = load_text(write(tmp_path / "chat.jsonl", [*shapes, {"id": 1}]), harmony, 1000)
+    assert text.kind == "chat" and len(text.trees) == 3
+    assert text.trees[0] == text.trees[1] == text.trees[2]
+    record = text.record()
+    assert (record["conversations"], record["rows_skipped"]) == (3, 1)
+    assert "line 4: no column" in record["skipped"][0]
 
+
+def test_one_endless_conversation_does_not_take_the_budget(harmony, tmp_path):
+    spec = replace(
+        write(tmp_path / "chat.jsonl", [{"messages": CHAT * 100}, *[{"messages": CHAT}] * 50]), tokens=16384
+    )
+    text = load_text(spec, harmony, 10**6)
+    longest = spec.document_limit(conversation=True)
+    assert text.record()["documents_cut"] == 1 and text.record()["cut_at"] == longest == 2048
+    trees = iter(text.trees)
+    first = 0
+    for tree in trees:
+        if tree.context == text.trees[0].context and first:
+            break  # the second conversation
+        first += len(tree)
+    assert longest / 2 < first <= longest
+    assert text.record()["conversations"] > 15
+    # alone, it fills the budget
+    alone = load_text(
+        replace(write(tmp_path / "one.jsonl", [{"messages": CHAT * 100}]), tokens=16384), harmony, 10**6
+    )
+    assert sum(map(len, alone.trees)) >= 16384
+
+
+def test_the_tools_of_a_row_stand_before_every_answer(harmony, tmp_path):
+    made = copy.deepcopy(harmony)
+    made.chat_template = "{{ tools|tojson if tools else '' }}" + harmony.chat_template
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = load_text(write(tmp_path / "chat.jsonl", [{"messages": CHAT, "tools": json.dumps(tools)}]), made, 10_000)
+    assert len(text.trees) == 2
+    assert all(made.decode(tree.context).startswith(json.dumps(tools)) for tree in text.trees)
+
+
+def test_a_template_that_writes_another_beginning_is_refused(harmony, tmp_path):
     odd = copy.deepcopy(harmony)
     odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(InputError, match="does not write the same beginning"):

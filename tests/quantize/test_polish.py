@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptoss_quantize.architectures import gptoss_config
 from gptoss_quantize.checkpoint import Checkpoint
@@ -14,11 +14,8 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int4
 from gptoss_quantize.model import hidden_states
 from gptoss_quantize.quantize import polish as module
-from gptoss_quantize.quantize import polish_output as polish_output_module
-from gptoss_quantize.quantize import run as run_module
 from gptoss_quantize.quantize.budget import polish_bytes
 from gptoss_quantize.quantize.job import Job
-from gptoss_quantize.quantize.output import Output
 from gptoss_quantize.quantize.polish import (
     FINAL,
     PolishSettings,
@@ -170,28 +167,22 @@ def test_nothing_changes_when_nothing_helps(rounded, teacher):
     assert all(not bool(free.step.any()) for layer in student.free for free in layer.values())
 
 
-def run(tiny, dest, **options):
+def run(tiny, dest, kind="bf16", **options):
     defaults = {"method": "gptq", "recipe": RECIPES["gptq"], "device": "cpu", "dtype": torch.float32, "polish": 3}
     defaults["polish_text"] = tiny.tokens(4, seed=9)
-    return quantize_checkpoint(Checkpoint(tiny.path("bf16")), Job(dest=dest, **(defaults | options)), tiny.tokens())
+    return quantize_checkpoint(Checkpoint(tiny.path(kind)), Job(dest=dest, **(defaults | options)), tiny.tokens())
 
 
-def test_a_polished_run_keeps_codes_and_changes_the_rest(tiny, tmp_path, monkeypatch):
-    def move(student, ids, wanted, settings, on_step):
-        # what matters here is where the values go; the teacher must be the original model, on the polish's own text
-        assert settings.steps == 3
-        assert torch.equal(ids, tiny.tokens(4, seed=9).ids)
-        torch.testing.assert_close(wanted, hidden_states(Checkpoint(tiny.path("bf16")), ids), rtol=1e-4, atol=1e-4)
-        return polish(student, ids, wanted, PolishSettings(steps=2, rate=1e-2, check_every=9))
-
-    # the measure at the end always improves, so the steps are kept
-    readings = iter((1.0, 0.5) * 2)
-    monkeypatch.setattr(module, "measure", lambda *_: next(readings))
-    monkeypatch.setattr(polish_output_module, "polish", move)
-    report = run(tiny, tmp_path / "polished")
-    run(tiny, tmp_path / "plain", polish=0)
-    assert (report["polish"]["kl_before"], report["polish"]["kl_after"]) == (1.0, 0.5)
-    assert json.loads((tmp_path / "polished" / "quantization_report.json").read_text())["polish"] == report["polish"]
+def test_a_polished_run_keeps_codes_and_changes_the_rest(tiny, tmp_path, child):
+    # weights and text for which so few steps help
+    text = tiny.tokens(12, seed=9)
+    tiny.path("float32")
+    operations = child.run(lambda: run(tiny, tmp_path / "polished", kind="float32", polish_text=text))
+    unpolished = child.run(lambda: run(tiny, tmp_path / "plain", kind="float32", polish=0))
+    report = json.loads((tmp_path / "polished" / "quantization_report.json").read_text())["polish"]
+    if not report["kept"]:
+        pytest.fail(f"the polish did not help, and this test shows nothing: {report}")
+    assert report["kl_after"] < report["kl_before"]
     before, after = tiny.load_all(tmp_path / "plain"), tiny.load_all(tmp_path / "polished")
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
@@ -200,44 +191,44 @@ def test_a_polished_run_keeps_codes_and_changes_the_rest(tiny, tmp_path, monkeyp
     allowed = ("_weight_scale", "_bias", "layernorm.weight", FINAL)
     assert all(n.endswith(allowed) and "router" not in n and "self_attn" not in n for n in changed)
 
-    # killed while the shards are changed: the continuation ends with the same bytes
-    calls = []
-    change = Output.change_shard
-
-    def killed(self, number, changes):
-        calls.append(number)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        change(self, number, changes)
-
-    monkeypatch.setattr(Output, "change_shard", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, tmp_path / "resumed")
+    # killed while the shards are changed, some 30 operations before the finish of as many: the same bytes in the end
+    assert operations > unpolished + 20
+    child.run(lambda: run(tiny, tmp_path / "resumed", kind="float32", polish_text=text), kill_at=operations - 40)
+    assert (tmp_path / "resumed.partial" / "polished.safetensors").exists()
     assert not (tmp_path / "resumed").exists()
-    run(tiny, tmp_path / "resumed", resume=True)
+    child.run(lambda: run(tiny, tmp_path / "resumed", kind="float32", polish_text=text, resume=True))
     resumed = tiny.load_all(tmp_path / "resumed")
     assert all(torch.equal(resumed[n], after[n]) for n in after)
 
 
-def test_no_step_sees_a_sequence_twice_where_the_text_is_as_long_as_asked_for(monkeypatch):
-    seen = []
-    monkeypatch.setattr(module, "measure", lambda *_: 1.0)
-    monkeypatch.setattr(module, "gradients", lambda student, ids, wanted: seen.extend(ids[:, 0].tolist()) or 1.0)
-    step = torch.zeros(1, requires_grad=True)
-    student = SimpleNamespace(free=[{"a": module.Free(torch.zeros(1), torch.ones(1), step, None, torch.bfloat16)}])
-    for steps in range(1, 60):
-        seen.clear()
-        count = text_needed(steps, 1)
-        ids = torch.arange(count)[:, None]
-        report = polish(student, ids, ids, PolishSettings(steps=steps, patience=99))
-        assert len(seen) == len(set(seen)) == 4 * steps
-        assert report["rounds"] <= 1
-        assert not set(seen) & set(range(count - report["heldout_tokens"], count))
-    # and goes round where it is shorter, never twice in one step
-    seen.clear()
-    report = polish(student, torch.arange(4)[:, None], torch.arange(4)[:, None], PolishSettings(steps=5, patience=9))
-    assert sorted(seen) == sorted([0, 1, 2] * 5)
-    assert report["rounds"] == 5
+class Lookups(TorchDispatchMode):
+    """Collects the ids that are looked up in an embedding, one batch at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.embedding.default:
+            self.seen.append(args[1].clone())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_no_step_sees_a_sequence_twice_where_the_text_is_as_long_as_asked_for(rounded, steps):
+    count = text_needed(steps, 1)
+    # each sequence has a first token of its own
+    ids = torch.stack([torch.arange(count), torch.arange(count).flip(0)], dim=1)
+    student = student_of(rounded("int4"))
+    teacher = torch.randn(count, 2, student.config.hidden, generator=torch.Generator().manual_seed(0))
+    with Lookups() as lookups:
+        report = polish(student, ids, teacher, PolishSettings(steps=steps, patience=99))
+    heldout = report["heldout_tokens"] // 2
+    first = [int(i) for batch in lookups.seen for i in batch.reshape(-1, 2)[:, 0]]
+    trained = [i for i in first if i < count - heldout]
+    assert sorted(set(trained)) == sorted(trained)
+    assert len(trained) == 4 * steps
+    assert report["rounds"] <= 1
 
 
 @pytest.mark.parametrize(("kind", "options"), [("float32", {}), ("bf16", {"format": "mxfp4", "group_size": 32})])
@@ -265,7 +256,7 @@ def test_polish_needs_text(tiny, tmp_path):
         run(tiny, tmp_path / "out", method="rtn", recipe=RECIPES["rtn"])
 
 
-def test_polish_without_room_or_text_is_refused_before_any_work(tiny, tmp_path, monkeypatch):
+def test_polish_without_room_or_text_is_refused_before_any_work(tiny, tmp_path):
     job = Job(dest=tmp_path / "out", method="gptq", recipe=RECIPES["gptq"], device="cpu", polish=3)
     for text, words in ((None, "none"), (tiny.tokens(1, seed=9), "one")):
         with pytest.raises(InputError, match=f"that calibration does not see, .* has {words} after the first"):
@@ -278,7 +269,7 @@ def test_polish_without_room_or_text_is_refused_before_any_work(tiny, tmp_path, 
     # the original's pass over a long text takes more than the steps
     assert polish_bytes(config, 2_000_000, 2048, 64, *fixed) > 2_000_000 * 2880 * 16
     source = Checkpoint(tiny.path("bf16"))
-    monkeypatch.setattr(run_module, "polish_bytes", lambda *args: 1 << 60)
+    job = replace(job, memory=1 << 20)
     with pytest.raises(InputError, match=r"--polish of this model needs about .* leave --polish out, take fewer"):
         quantize_checkpoint(source, replace(job, polish_text=tiny.tokens(4, seed=9)), tiny.tokens(4))
     assert list(tmp_path.iterdir()) == []

@@ -415,8 +415,11 @@ def test_adapter_equals_peft_merged_model(tiny, tmp_path, kind):
 
 def test_group_size_that_does_not_divide(tiny, tmp_path):
     tiny.build(tmp_path / "model", intermediate_size=352)
-    for group_size, fits in ((64, "use --group-size 32"), (48, "use --group-size 32")):
-        words = (str(tmp_path / "model"), "352 is not a multiple of group size", fits)
+    words = (str(tmp_path / "model"), "352 is not a multiple of group size 64", "use --group-size 32")
+    refused(lambda: quantize(tmp_path / "model", tmp_path / "out", group_size=64), *words)
+    # the compiled loops would read past their arrays
+    for group_size in (0, 8, 48, 352):
+        words = (f"format int4 has groups of 32 or 64, not {group_size}",)
         refused(lambda g=group_size: quantize(tmp_path / "model", tmp_path / "out", group_size=g), *words)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     quantize(tmp_path / "model", tmp_path / "out", group_size=32)

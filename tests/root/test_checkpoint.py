@@ -15,7 +15,7 @@ from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
-from gptoss_quantize.layouts import dense_shapes, expert_shapes
+from gptoss_quantize.layouts import LAYOUTS, dense_shapes, expert_shapes
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
@@ -30,7 +30,7 @@ def test_names_shapes_and_values(tiny, kind):
     stored, checkpoint = tiny.load_all(path), Checkpoint(path)
     expert_format = "mxfp4" if kind == "mxfp4" else "float"
     assert checkpoint.expert_format == expert_format
-    expected = dense_shapes(checkpoint.config) | expert_shapes(checkpoint.config, expert_format, 0)
+    expected = dense_shapes(checkpoint.config) | expert_shapes(checkpoint.config, LAYOUTS[expert_format])
     assert {name: tuple(t.shape) for name, t in stored.items()} == expected
     assert checkpoint.files() == sorted(path.glob("*.safetensors"))
     for name, tensor in stored.items():

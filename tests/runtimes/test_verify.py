@@ -16,7 +16,7 @@ from gptoss_quantize import api, cli
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, export_gguf
-from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, NOT_CHECKED, compare
+from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, FAILED, NOT_CHECKED, bound, compare
 from gptoss_quantize.runtimes.verify import Job, predictions, verify
 
 needs_llamacpp = pytest.mark.skipif(
@@ -65,7 +65,7 @@ def test_transformers_agrees_on_mxfp4(tiny, quick):
 def test_without_a_baseline_predictions_are_not_checked(tiny, int4_path, quick):
     rows = verify(job(tiny, int4_path(), baseline=None), ("transformers",))
     assert verdicts(rows)["packed int4"] == NOT_CHECKED
-    assert rows[0].got is not None and rows[0].noise is None
+    assert rows[0].got is not None and rows[0].noise is None and "no baseline" in rows[0].note
 
 
 def swap_gate_and_up(module):
@@ -96,6 +96,135 @@ def test_each_classic_fault_of_a_loader_disagrees(tiny, int4_path, monkeypatch, 
 
     monkeypatch.setattr(check_transformers, "packed", wrong)
     assert verdicts(verify(job(tiny, int4_path()), ("transformers",)))["packed int4"] == DISAGREES
+
+
+# --- a runtime that misreads checkpoint and baseline alike
+
+
+def one_expert_random(model, layer=1):
+    experts = model.model.layers[layer].mlp.experts
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in (experts.gate_up_proj, experts.down_proj):
+            weight[0] = torch.randn(weight[0].shape, generator=generator) * weight[0].std()
+
+
+def all_experts_random(model):
+    for layer in range(3):
+        experts = model.model.layers[layer].mlp.experts
+        for weight in (experts.gate_up_proj, experts.down_proj):
+            weight.data.normal_(std=float(weight.detach().std()), generator=torch.Generator().manual_seed(layer))
+
+
+def no_biases_in_one_layer(model):
+    experts = model.model.layers[1].mlp.experts
+    experts.gate_up_proj_bias.data.zero_()
+    experts.down_proj_bias.data.zero_()
+
+
+def halves_in_one_layer(model):
+    experts = model.model.layers[1].mlp.experts
+    for tensor in (experts.gate_up_proj, experts.gate_up_proj_bias):
+        tensor.data = torch.stack(tensor.data.chunk(2, -1), -1).flatten(-2).contiguous()
+
+
+def window_off_by_one(model):
+    model.config.sliding_window -= 1
+    for layer in model.model.layers:
+        if getattr(layer.self_attn, "sliding_window", None):
+            layer.self_attn.sliding_window -= 1
+
+
+def last_experts_only(model):
+    # what an old name of num_experts_per_tok does: another number of experts per token
+    for layer in model.model.layers:
+        layer.mlp.router.top_k = 3
+
+
+SHARED_FAULTS = [
+    one_expert_random,
+    all_experts_random,
+    no_biases_in_one_layer,
+    halves_in_one_layer,
+    window_off_by_one,
+    last_experts_only,
+]
+
+
+@pytest.mark.parametrize("baseline", ["bf16", None])
+@pytest.mark.parametrize("damage", SHARED_FAULTS)
+def test_a_fault_that_baseline_and_checkpoint_share_disagrees(tiny, monkeypatch, damage, baseline, quick):
+    real = check_transformers.plain
+
+    def wrong(path, dtype, **options):
+        model = real(path, dtype, **options)
+        damage(model)
+        return model
+
+    monkeypatch.setattr(check_transformers, "plain", wrong)
+    rows = {row.what: row for row in verify(job(tiny, tiny.path("bf16"), baseline), ("transformers",))}
+    assert "not finished" not in rows, rows["not finished"].note
+    assert rows["as stored"].verdict == DISAGREES
+    if baseline is not None:
+        # twice the noise alone would have called it agreement
+        assert rows["as stored"].got.kl <= bound(rows["as stored"].noise, rows["as stored"].got)
+        assert rows["baseline"].verdict == DISAGREES and "float32 explains at most" in rows["baseline"].note
+        assert "the unquantized model itself is far from ours" in rows["as stored"].note
+
+
+@needs_llamacpp
+def test_experts_that_llama_cpp_reads_wrongly_in_every_file_disagree(tiny, int4_path, monkeypatch):
+    real = export_gguf.expert_entries
+    monkeypatch.setattr(export_gguf, "expert_entries", lambda *args: without_biases(list(real(*args))))
+    rows = {row.what: row for row in verify(job(tiny, int4_path()), ("llama.cpp",))}
+    assert rows["Q4_0"].verdict == DISAGREES and "unquantized model itself" in rows["Q4_0"].note
+    assert next(row for what, row in rows.items() if what.startswith("baseline")).verdict == DISAGREES
+
+
+# --- one failing runtime
+
+
+class OddError(RuntimeError):
+    """Something that only other people's code raises."""
+
+
+@pytest.mark.parametrize("error", [OddError("no such\nkernel"), MemoryError(), InputError("x: is damaged")])
+def test_one_failing_runtime_leaves_the_other_lines_and_says_why(tiny, int4_path, monkeypatch, error, quick):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(check_transformers, "plain", fails)
+    monkeypatch.setattr(check_llamacpp, "available", lambda: False)
+    rows = verify(job(tiny, int4_path(), baseline=None), ("transformers", "llama.cpp"))
+    # the line before the failure stands too
+    assert [(row.runtime, row.what, row.verdict) for row in rows] == [
+        ("transformers", "packed int4", NOT_CHECKED),
+        ("transformers", "float16 export, tensors", AGREES),
+        ("transformers", "not finished", FAILED),
+        ("llama.cpp", "predictions", NOT_CHECKED),
+    ]
+    why = "x: is damaged" if isinstance(error, InputError) else f"{type(error).__name__}: {error}".replace("\n", " ")
+    assert rows[2].note == why
+
+
+def test_ctrl_c_is_no_failing_runtime(tiny, int4_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_transformers, "packed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        verify(job(tiny, int4_path(), baseline=None), ("transformers",))
+
+
+def test_our_own_predictions_are_computed_once_for_all_runtimes(tiny, int4_path):
+    asked = job(tiny, int4_path())
+    layers = []
+    first = predictions(asked.checkpoint, asked, on_layer=lambda *_: layers.append(1))
+    assert predictions(asked.checkpoint, asked, on_layer=lambda *_: layers.append(1)) is first and len(layers) == 3
+    # another model, or other rope settings, are other predictions
+    assert not torch.equal(predictions(asked.baseline, asked), first)
+    rope = check_llamacpp.reference_rope(asked.checkpoint.config)
+    assert not torch.equal(predictions(asked.checkpoint, asked, rope=rope), first)
 
 
 def test_what_is_not_installed_is_not_checked(tiny, int4_path, monkeypatch):
@@ -248,7 +377,7 @@ def test_the_command_prints_the_table_and_fails_when_one_disagrees(
     monkeypatch.setattr(api, "verify_checkpoint", lambda *args, **options: rows)
     command = ["gptoss-quantize", "verify", str(int4_path()), "--json", str(tmp_path / "rows.json")]
     monkeypatch.setattr(sys, "argv", command)
-    for outcome, code in (("agrees", 0), ("not checked", 0), ("DISAGREES", 1)):
+    for outcome, code in (("agrees", 0), ("not checked", 0), ("SUSPECT", 0), ("DISAGREES", 1), ("FAILED", 1)):
         rows[0]["verdict"] = outcome
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -299,7 +428,7 @@ def test_predictions_of_vllm_are_compared_with_ours(tiny, int4_path, monkeypatch
     monkeypatch.setattr(check_vllm, "available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
     found = {row.what: row for row in verify(asked, ("vllm",))}
-    expected = {"right": AGREES, "wrong": DISAGREES, "absent": NOT_CHECKED}[engine]
+    expected = {"right": AGREES, "wrong": DISAGREES, "absent": FAILED}[engine]
     assert found["loader"].verdict == AGREES
     assert found["baseline"].got.kl > 1e-4
     assert found["bfloat16 export"].verdict == expected
@@ -310,4 +439,4 @@ def test_predictions_of_vllm_are_compared_with_ours(tiny, int4_path, monkeypatch
     else:
         assert found["int4"].verdict == NOT_CHECKED
     if engine == "absent":
-        assert "no such kernel" in found["bfloat16 export"].note
+        assert "ValueError: no such kernel" in found["bfloat16 export"].note

@@ -3,7 +3,7 @@
 `from_pretrained(FOLDER)` chooses files, fills in config keys and invents missing tensors by rules of its own. Here it
 gets a temporary folder in which there is nothing to choose: links to the weight files that were read, an index of the
 tensors, and the config that was read. What is not stored under transformers' names, or is merged with an adapter, is
-placed tensor by tensor. A config that transformers understands otherwise than we do is refused.
+placed tensor by tensor (`eval.whole`). A config that transformers understands otherwise than we do is refused.
 """
 
 import json
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig, parse_config, rope_frequencies
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.layouts import AS_SOURCE, MXFP4, dense_shapes
+from gptoss_quantize.eval.whole import whole_model
+from gptoss_quantize.layouts import AS_SOURCE, MXFP4
 
 _COMPARED = tuple(field for field in ModelConfig.__dataclass_fields__ if field not in ("raw", "rope"))
 
@@ -43,23 +43,20 @@ def stock_config(config: ModelConfig) -> GptOssConfig:
     return theirs
 
 
-def stock_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> GptOssForCausalLM:
+def stock_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Return the model with float experts, on the CPU; an adapter is merged. InputError where tensors do not fit."""
-    config = stock_config(checkpoint.config)
+    stock_config(checkpoint.config)
     layout = checkpoint.layout
     plain = checkpoint.weights.plain and checkpoint.adapter is None and checkpoint.dense_layout is AS_SOURCE
     if plain and not layout.packed:
         # transformers dequantizes MXFP4 into bfloat16, which holds it exactly
         loaded = _from_files(checkpoint, torch.bfloat16 if layout is MXFP4 else dtype)
     else:
-        loaded = _from_tensors(checkpoint, config, dtype)
-    loaded.config._name_or_path = str(checkpoint.path)
-    if (file := checkpoint.side.files.get("generation_config.json")) is not None:
-        loaded.generation_config = GenerationConfig.from_pretrained(file.parent)
+        loaded = whole_model(checkpoint, dtype)
     return loaded.to(dtype).eval()
 
 
-def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> GptOssForCausalLM:
+def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with tempfile.TemporaryDirectory(prefix="gptoss-quantize-") as place:
         folder = Path(place)
         weight_map = {name: checkpoint.weights.file(name).name for name in checkpoint.names()}
@@ -76,29 +73,4 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> GptOssForCausalLM
             f"{checkpoint.path}: transformers does not take all of its tensors: missing {sorted(missing)[:3]}, of another "
             f"shape {sorted(map(str, info['mismatched_keys']))[:3]}"
         )
-    return model
-
-
-def _from_tensors(checkpoint: Checkpoint, config: GptOssConfig, dtype: torch.dtype) -> GptOssForCausalLM:
-    with init_empty_weights(include_buffers=False):
-        model = GptOssForCausalLM(config)
-    # transformers keeps the norms in float32 whatever the dtype
-    state: dict[str, Any] = {
-        name: checkpoint.dense(name).to(torch.float32 if "norm" in name else dtype)
-        for name in dense_shapes(checkpoint.config)
-    }
-    for layer in range(checkpoint.config.layers):
-        experts = list(checkpoint.experts(layer, dtype))
-        base = f"model.layers.{layer}.mlp.experts."
-        state[base + "gate_up_proj"] = torch.stack([expert.gate_up.T for expert in experts])
-        state[base + "gate_up_proj_bias"] = torch.stack([expert.gate_up_bias for expert in experts])
-        state[base + "down_proj"] = torch.stack([expert.down.T for expert in experts])
-        state[base + "down_proj_bias"] = torch.stack([expert.down_bias for expert in experts])
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    buffers = {name for name, _ in model.named_buffers()}
-    if unexpected or set(missing) - buffers - ({"lm_head.weight"} if checkpoint.config.tied else set()):
-        raise InputError(
-            f"{checkpoint.path}: tensors do not fit transformers' model: missing {missing}, unknown {unexpected}"
-        )
-    model.tie_weights()
     return model

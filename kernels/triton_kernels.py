@@ -1,0 +1,316 @@
+"""The Triton kernels of `experts_triton`: packed int4 products with float32 sums. Importing this needs triton.
+
+Two ways to multiply:
+  pairs   one program per (token, choice) and tile of output rows, on the plain cores in float32: for a few tokens;
+  blocks  one program per (tile of tokens of one expert, tile of output rows), on the matrix cores (`tl.dot`).
+A step along the inner dimension is one quantization group, so that the codes -8..7, exact in every dtype, are
+multiplied as they are and the group's scale is applied to its float32 sum. Sizes are multiples of the group: no mask
+is needed along the inner dimension. Rows beyond the end are clamped to the last one and not stored. Offsets inside
+an expert, x or scratch are 32-bit: `experts_triton` sees to it that they fit.
+
+COMPUTE is the dtype of the operands of `tl.dot`. It must be float32 in the interpreter, whose bfloat16 dot
+multiplies raw bits.
+
+Shapes: T tokens, K choices per token, N = T K pairs, D hidden, F intermediate, E experts, W = 8-code words of a row.
+"""
+
+# ruff: noqa: PLR0913  a kernel has an argument for each tensor and size
+
+import torch
+import triton
+import triton.language as tl
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _codes(word):
+    """Return float32 codes [..., 8] in -8..7 of int32 words [...], without an integer conversion.
+
+    A code ORed into the mantissa of 2^23 is the float 2^23 + code.
+    """
+    shift = tl.arange(0, 8) * 4
+    nibble = (tl.expand_dims(word, 2) >> shift[None, None, :]) & 15
+    return (nibble | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def _activate(gate, up, limit, alpha):
+    """Return the clamped SwiGLU of pre-activations; NaN stays NaN."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    return (up + 1.0) * gate / (1.0 + tl.exp(-alpha * gate))
+
+
+@triton.jit
+def _gemv(acc, word_ptr, scale_ptr, row, x, word, inside, W: tl.constexpr, GROUP: tl.constexpr):
+    """Return acc [R, BLOCK_W] plus the products of rows [R] with x [BLOCK_W, 8] at the words given."""
+    packed = tl.load(word_ptr + row[:, None] * W + word[None, :], mask=inside[None, :], other=0)
+    at = row[:, None] * (W * 8 // GROUP) + (word // (GROUP // 8))[None, :]
+    scale = tl.load(scale_ptr + at, mask=inside[None, :], other=0.0).to(tl.float32)
+    return acc + tl.sum(_codes(packed) * x[None, :, :], axis=2) * scale
+
+
+@triton.jit
+def _words_of(x_ptr, word, inside):
+    """Return float32 values [BLOCK_W, 8] of a vector at the words given, 0 outside."""
+    at = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gate_up_pairs(
+    x_ptr,  # [T, D]
+    index_ptr,  # [T, K]
+    word_ptr,  # int32 [E, 2F, D/8]
+    scale_ptr,  # [E, 2F, D/GROUP]
+    bias_ptr,  # [E, 2F]
+    act_ptr,  # out: float32 [N, F]
+    limit,
+    alpha,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write the activations of one pair and ROWS features; grid (N, cdiv(F, ROWS))."""
+    pair = tl.program_id(0).to(tl.int64)
+    expert = tl.load(index_ptr + pair).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = 2 * tl.minimum(feature, F - 1)
+    word_ptr += expert * (2 * F * D // 8)
+    scale_ptr += expert * (2 * F * D // GROUP)
+    bias_ptr += expert * (2 * F)
+    gate = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
+    up = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
+    W: tl.constexpr = D // 8
+    for start in tl.static_range(0, W, BLOCK_W):
+        word = start + tl.arange(0, BLOCK_W)
+        inside = word < W
+        x = _words_of(x_ptr + pair // K * D, word, inside)
+        gate = _gemv(gate, word_ptr, scale_ptr, row, x, word, inside, W, GROUP)
+        up = _gemv(up, word_ptr, scale_ptr, row + 1, x, word, inside, W, GROUP)
+    gate_R = tl.sum(gate, axis=1) + tl.load(bias_ptr + row).to(tl.float32)
+    up_R = tl.sum(up, axis=1) + tl.load(bias_ptr + row + 1).to(tl.float32)
+    tl.store(act_ptr + pair * F + feature, _activate(gate_R, up_R, limit, alpha), mask=feature < F)
+
+
+@triton.jit
+def down_pairs(
+    act_ptr,  # float32 [N, F]
+    index_ptr,  # [T, K]
+    prob_ptr,  # [T, K]
+    word_ptr,  # int32 [E, D, F/8]
+    scale_ptr,  # [E, D, F/GROUP]
+    bias_ptr,  # [E, D]
+    out_ptr,  # out: [T, D]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write ROWS columns of one token, its choices added in their order; grid (T, cdiv(D, ROWS))."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(column, D - 1)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    W: tl.constexpr = F // 8
+    for choice in range(K):
+        pair = token * K + choice
+        expert = tl.load(index_ptr + pair).to(tl.int64)
+        if (expert >= 0) & (expert < E):
+            words = word_ptr + expert * (D * F // 8)
+            scales = scale_ptr + expert * (D * F // GROUP)
+            acc = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
+            for start in tl.static_range(0, W, BLOCK_W):
+                word = start + tl.arange(0, BLOCK_W)
+                inside = word < W
+                act = _words_of(act_ptr + pair * F, word, inside)
+                acc = _gemv(acc, words, scales, row, act, word, inside, W, GROUP)
+            y = tl.sum(acc, axis=1) + tl.load(bias_ptr + expert * D + row).to(tl.float32)
+            total += y * tl.load(prob_ptr + pair).to(tl.float32)
+    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def _multiply(
+    acc,
+    x,
+    word_ptr,
+    scale_ptr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+):
+    """Return acc [M, R] plus x [M, GROUP] times one group of R rows."""
+    codes = tl.reshape(_codes(tl.load(word_ptr)), (R, GROUP))
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if SCALE_FIRST:
+        weight = (codes * scale[:, None]).to(COMPUTE)
+        return tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+    return acc + tl.dot(x, tl.trans(codes.to(COMPUTE)), input_precision="ieee") * scale[None, :]
+
+
+@triton.jit
+def _rows(index_ptr, order_ptr, block_ptr, tokens, BLOCK_M: tl.constexpr, K: tl.constexpr, SORTED: tl.constexpr):
+    """Return (expert, pair [BLOCK_M], whether it is one of the expert's [BLOCK_M]) of this program.
+
+    Sorted: from the table of `block_table`. Else the program of expert e looks at all (at most BLOCK_M) tokens.
+    """
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_M)
+    if SORTED:
+        expert = tl.load(block_ptr + block * 3).to(tl.int64)
+        first = tl.load(block_ptr + block * 3 + 1)
+        last = tl.load(block_ptr + block * 3 + 2)
+        mine = first + lane < last
+        pair = tl.load(order_ptr + first + lane, mask=mine, other=0)
+        return expert, pair, mine
+    expert = block.to(tl.int64)
+    pair = tl.minimum(lane, tokens - 1) * K
+    mine = lane < 0
+    slot = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    for choice in tl.static_range(K):
+        hit = (tl.load(index_ptr + pair + choice).to(tl.int64) == expert) & (lane < tokens)
+        slot = tl.where(hit & (mine == 0), choice, slot)
+        mine = mine | hit
+    return expert, pair + slot, mine
+
+
+@triton.jit
+def _store(
+    ptr, value, pair, mine, column, WIDTH: tl.constexpr, index_ptr, expert, K: tl.constexpr, SORTED: tl.constexpr
+):
+    """Store value [BLOCK_M, R] in the rows of its pairs: without sorting, of every choice of this expert."""
+    value = value.to(ptr.dtype.element_ty)
+    inside = (column < WIDTH)[None, :]
+    if SORTED:
+        tl.store(ptr + pair[:, None] * WIDTH + column[None, :], value, mask=mine[:, None] & inside)
+    else:
+        for choice in tl.static_range(K):
+            other = pair // K * K + choice
+            hit = mine & (tl.load(index_ptr + other).to(tl.int64) == expert)
+            tl.store(ptr + other[:, None] * WIDTH + column[None, :], value, mask=hit[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gate_up_blocks(
+    x_ptr,  # [T, D]
+    index_ptr,  # [T, K]
+    order_ptr,  # int32 [N]: pairs by expert (sorted only)
+    block_ptr,  # int32 [blocks, 3]: expert, first and last + 1 in order (sorted only)
+    tokens,
+    word_ptr,  # int32 [E, 2F, D/8]
+    scale_ptr,  # [E, 2F, D/GROUP]
+    bias_ptr,  # [E, 2F]
+    act_ptr,  # out: [N, F]
+    limit,
+    alpha,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SORTED: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write the activations of one expert's BLOCK_M pairs and ROWS features; grid (blocks or E, cdiv(F, ROWS))."""
+    expert, pair, mine = _rows(index_ptr, order_ptr, block_ptr, tokens, BLOCK_M, K, SORTED)
+    if tl.sum(mine.to(tl.int32), axis=0) == 0:
+        return
+    feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = 2 * tl.minimum(feature, F - 1)
+    x_at = (pair // K * D)[:, None] + tl.arange(0, GROUP)[None, :]
+    word_at = row[:, None] * (D // 8) + tl.arange(0, GROUP // 8)[None, :]
+    scale_at = row * (D // GROUP)
+    word_ptr += expert * (2 * F * D // 8)
+    scale_ptr += expert * (2 * F * D // GROUP)
+    bias_ptr += expert * (2 * F)
+    gate = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
+    for group in range(D // GROUP):
+        x = tl.load(x_ptr + group * GROUP + x_at).to(COMPUTE)
+        gate_word, gate_scale = word_ptr + group * (GROUP // 8) + word_at, scale_ptr + group + scale_at
+        gate = _multiply(gate, x, gate_word, gate_scale, ROWS, GROUP, COMPUTE, SCALE_FIRST)
+        up_word, up_scale = gate_word + D // 8, gate_scale + D // GROUP
+        up = _multiply(up, x, up_word, up_scale, ROWS, GROUP, COMPUTE, SCALE_FIRST)
+    gate += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+    up += tl.load(bias_ptr + row + 1).to(tl.float32)[None, :]
+    _store(act_ptr, _activate(gate, up, limit, alpha), pair, mine, feature, F, index_ptr, expert, K, SORTED)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def down_blocks(
+    act_ptr,  # [N, F]
+    index_ptr,  # [T, K]
+    order_ptr,  # int32 [N] (sorted only)
+    block_ptr,  # int32 [blocks, 3] (sorted only)
+    tokens,
+    word_ptr,  # int32 [E, D, F/8]
+    scale_ptr,  # [E, D, F/GROUP]
+    bias_ptr,  # [E, D]
+    y_ptr,  # out: float32 [N, D]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SORTED: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write what one expert gives to BLOCK_M pairs, ROWS columns; grid (blocks or E, cdiv(D, ROWS))."""
+    expert, pair, mine = _rows(index_ptr, order_ptr, block_ptr, tokens, BLOCK_M, K, SORTED)
+    if tl.sum(mine.to(tl.int32), axis=0) == 0:
+        return
+    column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(column, D - 1)
+    act_at = (pair * F)[:, None] + tl.arange(0, GROUP)[None, :]
+    word_at = row[:, None] * (F // 8) + tl.arange(0, GROUP // 8)[None, :]
+    scale_at = row * (F // GROUP)
+    word_ptr += expert * (D * F // 8)
+    scale_ptr += expert * (D * F // GROUP)
+    bias_ptr += expert * D
+    acc = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
+    for group in range(F // GROUP):
+        act = tl.load(act_ptr + group * GROUP + act_at).to(COMPUTE)
+        words, scales = word_ptr + group * (GROUP // 8) + word_at, scale_ptr + group + scale_at
+        acc = _multiply(acc, act, words, scales, ROWS, GROUP, COMPUTE, SCALE_FIRST)
+    acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+    _store(y_ptr, acc, pair, mine, column, D, index_ptr, expert, K, SORTED)
+
+
+@triton.jit
+def sum_choices(
+    y_ptr,  # float32 [N, D]
+    index_ptr,  # [T, K]
+    prob_ptr,  # [T, K]
+    out_ptr,  # out: [T, D]
+    D: tl.constexpr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write COLUMNS columns of one token: its choices, weighted, added in their order; grid (T, cdiv(D, COLUMNS))."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for choice in tl.static_range(K):
+        pair = token * K + choice
+        expert = tl.load(index_ptr + pair).to(tl.int64)
+        if (expert >= 0) & (expert < E):
+            y = tl.load(y_ptr + pair * D + column, mask=column < D, other=0.0)
+            total += y * tl.load(prob_ptr + pair).to(tl.float32)
+    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=column < D)

@@ -1,0 +1,167 @@
+"""Whether a model can predict text: the rules, the look at a thousand tokens, and what `quantize` makes of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from gptoss_quantize import api, sanity
+from gptoss_quantize.api import quantize_model
+from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.quantize.job import Job
+from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.sanity import counting, look, suspicion
+
+V = 49152
+
+
+@pytest.mark.parametrize(
+    ("raw", "chat", "words"),
+    [
+        (28.0, 6.0, None),
+        (28.0, None, None),
+        # gpt-oss: hundreds on raw text, a handful in its own format
+        (300.0, 4.0, None),
+        (1.6e9, None, "above half of its vocabulary of 49152"),
+        (V / 2 + 1, 6.0, "above half of its vocabulary"),
+        (V / 2 - 1, V, "its own chat format, above half"),
+        (400.0, 401.0, "counting this text's words gives 100"),
+        (400.0, 399.0, None),
+        (8001.0, 8.0, "the text is none that the model knows"),
+        (7999.0, 8.0, None),
+        (math.nan, None, "above half"),
+        (math.inf, None, "above half"),
+        (None, 6.0, None),
+    ],
+)
+def test_the_rules(raw, chat, words):
+    got = suspicion(raw, 1000, V, chat=chat, chat_counting=100.0)
+    assert got is None if words is None else words in got
+
+
+def test_counting_is_the_entropy_of_the_text():
+    # four tokens alike are 4, one token only is 1; 8 a and 4 b: H = ln 3 - 2/3 ln 2
+    assert counting(torch.tensor([1, 2, 3, 4])) == pytest.approx(4)
+    assert counting(torch.tensor([7] * 9)) == pytest.approx(1)
+    assert counting(torch.tensor([1] * 8 + [2] * 4)) == pytest.approx(3 / 2 ** (2 / 3))
+
+
+def test_a_look_is_the_perplexity_of_the_first_tokens(tiny, monkeypatch):
+    source, tokenizer = Checkpoint(tiny.path("float32")), load_tokenizer(tiny.path("float32"))
+    monkeypatch.setattr(sanity, "LOOK_TOKENS", 160)
+    monkeypatch.setattr(sanity, "LOOK_LENGTH", 40)
+    ids = tiny.ids(8, 100)
+    layers = []
+    got = look(source, tokenizer, ids, on_layer=layers.append)
+    # two pieces of 40 of the first sequence, one of the second, and 40 tokens of the conversation
+    pieces = torch.stack((ids[0, :40], ids[0, 40:80], ids[1, :40]))
+    scores = logits(hidden_states(source, pieces), source.head().float()).double().log_softmax(-1)
+    loss = -scores[:, :-1].gather(-1, pieces[:, 1:, None])
+    assert got["perplexity"] == pytest.approx(float(loss.mean().exp()), rel=1e-4)
+    assert got["tokens"] == 160 and got["vocabulary"] == 300 and layers == [0, 1, 2]
+    chat = torch.tensor(sanity._chat_ids(tokenizer)[:40])[None]
+    scores = logits(hidden_states(source, chat), source.head().float()).double().log_softmax(-1)
+    loss = -scores[:, :-1].gather(-1, chat[:, 1:, None])
+    assert got["chat_perplexity"] == pytest.approx(float(loss.mean().exp()), rel=1e-4)
+
+
+def test_a_model_without_a_template_is_looked_at_too(tiny):
+    source, tokenizer = Checkpoint(tiny.path("float32")), load_tokenizer(tiny.path("float32"))
+    tokenizer.chat_template = None
+    got = look(source, tokenizer, tiny.ids(2, 48))
+    assert got["chat_perplexity"] is None and got["tokens"] == 96
+
+
+@pytest.mark.parametrize("method", ["rtn-signed", "gptq"])
+def test_quantize_says_it_before_the_first_layer_and_in_the_report(tiny, tmp_path, monkeypatch, method):
+    console = Console(record=True, width=400)
+    events = []
+    real = api.look
+
+    def spied(*args):
+        events.append("look")
+        return real(*args)
+
+    monkeypatch.setattr(api, "look", spied)
+    job = Job(dest=tmp_path / "out", method=method, recipe=RECIPES[method], device="cpu", dtype=torch.float32)
+    with Progress(console=console, disable=True) as bar:
+        report = quantize_model(str(tiny.path("float32")), TextSpec(tokens=256, seq_len=64), job, bar=bar)
+    said = console.export_text()
+    assert events == ["look"] and said.count("SUSPECT") == 1
+    assert "above half of its vocabulary of 300" in said and str(tiny.path("float32")) in said
+    assert report["suspect"] == report["sanity"]["suspect"] and report["suspect"] in said.replace("\n", " ")
+    written = json.loads((tmp_path / "out" / "quantization_report.json").read_text(encoding="utf-8"))
+    assert written["suspect"] == report["suspect"]
+
+
+def test_a_resumed_run_does_not_look_again_and_writes_the_same_bytes(tiny, tmp_path, monkeypatch):
+    text = TextSpec(tokens=256, seq_len=64)
+
+    def run(dest, resume=False):
+        job = Job(dest=dest, method="gptq", recipe=RECIPES["gptq"], device="cpu", dtype=torch.float32, resume=resume)
+        with Progress(disable=True) as bar:
+            return quantize_model(str(tiny.path("float32")), text, job, bar=bar)
+
+    whole = run(tmp_path / "whole")
+    from gptoss_quantize.quantize import run as runs
+
+    real, calls = runs.write_layer, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(runs, "write_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(runs, "write_layer", real)
+
+    def forbidden(*args):
+        raise AssertionError("looked again")
+
+    monkeypatch.setattr(api, "look", forbidden)
+    report = run(tmp_path / "cut", resume=True)
+    assert report["sanity"] == whole["sanity"] and report["suspect"]
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_the_look_changes_no_byte_of_the_weights(tiny, tmp_path, monkeypatch):
+    for name, found in (("with", api._look), ("without", lambda *args: None)):
+        monkeypatch.setattr(api, "_look", found)
+        job = Job(dest=tmp_path / name, method="rtn", recipe=RECIPES["rtn"], device="cpu")
+        with Progress(disable=True) as bar:
+            report = quantize_model(str(tiny.path("bf16")), TextSpec(tokens=256, seq_len=64), job, bar=bar)
+        assert (report["sanity"] is None) == (name == "without")
+    for path in (tmp_path / "with").iterdir():
+        if path.name != "quantization_report.json":
+            assert path.read_bytes() == (tmp_path / "without" / path.name).read_bytes(), path.name
+
+
+def test_evaluate_names_a_suspect_baseline(tiny, int4_of_tiny):
+    with Progress(disable=True) as bar:
+        record = api.evaluate_models(
+            str(tiny.path("float32")),
+            {"int4": int4_of_tiny},
+            text=TextSpec(source="heldout", tokens=96, seq_len=48, shuffle=False),
+            bar=bar,
+        )
+    assert "above half of its vocabulary of 300" in record["suspect"]
+    assert [record["suspect"] in words for words in record["warnings"]] == [True]
+
+
+@pytest.fixture(scope="module")
+def int4_of_tiny(tiny, tmp_path_factory):
+    """An int4 checkpoint of the tiny float32 model."""
+    dest = tmp_path_factory.mktemp("int4") / "int4"
+    job = Job(dest=dest, method="rtn", recipe=RECIPES["rtn"], device="cpu")
+    with Progress(disable=True) as bar:
+        quantize_model(str(tiny.path("float32")), TextSpec(tokens=256, seq_len=64), job, bar=bar)
+    return dest
