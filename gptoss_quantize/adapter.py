@@ -11,12 +11,12 @@ B [out, E*r], each in its own order: A's rows are (expert, rank), B's columns ar
 
     W[e] += s * (B.reshape(out, r, E)[:, :, e] @ A.reshape(E, r, in)[e]).T
 
-Experts come in two other ways. Unsloth trains one linear layer per expert (`experts.gate_up_projs.3`), and each pair is
-added to its slice: W[e] += s * (B @ A).T. Tinker has factors of all experts, A [E or 1, r, in] and B [E or 1, out, r],
-for w1 (the even columns of gate_up_proj), w3 (the odd ones) and w2 (down_proj): the same, per expert.
+Experts come in two other ways. Unsloth trains one linear layer per expert (`experts.gate_up_projs.3`), and each
+pair is added to its slice: W[e] += s * (B @ A).T. Tinker has factors of all experts, A [E or 1, r, in] and B [E or
+1, out, r], for w1 (the even columns of gate_up_proj), w3 (the odd ones) and w2 (down_proj): the same, per expert.
 
-`trainable_token_indices` replace single rows of the embedding. Whole tensors (modules_to_save, a resized embedding and
-head) replace the base's; a vocabulary of another size becomes the model's.
+`trainable_token_indices` replace single rows of the embedding. Whole tensors (modules_to_save, a resized embedding
+and head) replace the base's; a vocabulary of another size becomes the model's.
 
 Two properties of PEFT's files matter for experts. (1) The file does not say which parameter a pair belongs
 to: the wrappers nest, so with both targeted `experts.base_layer.lora_A` is gate_up_proj (wrapped first) and
@@ -132,7 +132,8 @@ class Adapter:
             if not change.fits(shape):
                 raise InputError(
                     f"{where} fits a {name} of shape {list(change.shapes[0])}, the base has {list(shape)}; "
-                    "it was trained on another model, or on a resized vocabulary without saving both embedding and head"
+                    "it was trained on another model, or on a resized vocabulary without saving both embedding and "
+                    "head"
                 )
             if change.kind == "experts" and shape[1] == shape[2] and self._square_is_transposed is None:
                 raise InputError(
@@ -192,7 +193,7 @@ class Adapter:
         return self._file.read(change.replacement) if change.replacement else None
 
     def onto(self, base: ModelConfig) -> tuple["Adapter", ModelConfig, list[str]]:
-        """Return (the adapter, the config of the merged model, notes): a new vocabulary, or a head for a tied model."""
+        """Return (adapter, config of the merged model, notes): a new vocabulary, or a head for a tied model."""
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         own = {name: self.changes[name] for name in (embed, head) if name in self.changes}
         whole = {name: self._file.tensors[c.replacement].shape for name, c in own.items() if c.replacement}

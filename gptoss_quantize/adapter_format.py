@@ -299,8 +299,8 @@ def _tinker(file: ShardFile, modules: Mapping[str, Mapping[str, str]], config: A
         A, B = (file.tensors[parts[part]].shape for part in "AB")
         if len(A) != 3 or len(B) != 3 or A[1] != B[2] or (A[0] != B[0] and 1 not in (A[0], B[0])):
             raise InputError(
-                f"{file.path}: {parts['A']} {list(A)} and {parts['B']} {list(B)} do not fit; expected Tinker's factors of all "
-                f"experts, [E or 1, r, in] and [E or 1, out, r]; {ONE_SAVE}"
+                f"{file.path}: {parts['A']} {list(A)} and {parts['B']} {list(B)} do not fit; expected Tinker's "
+                f"factors of all experts, [E or 1, r, in] and [E or 1, out, r]; {ONE_SAVE}"
             )
         scale = config.rank_and_scale(module)[1]
         shape = (max(A[0], B[0]), A[2], B[1] if number == 2 else 2 * B[1])

@@ -1,9 +1,9 @@
 """gpt-oss checkpoints, read one tensor and one expert at a time; never the whole model.
 
 How experts and the rest are stored is in `layouts`; whatever the format, an `Expert` has float weights with rows =
-outputs. Which files, names and settings a folder means is decided in `folder` and `names`. Opening a checkpoint compares every
-name and shape with what the config promises, so that a wrong file is refused before any work starts; values are
-checked for NaN and infinity as they are read.
+outputs. Which files, names and settings a folder means is decided in `folder` and `names`. Opening a checkpoint
+compares every name and shape with what the config promises, so that a wrong file is refused before any work starts;
+values are checked for NaN and infinity as they are read.
 """
 
 from pathlib import Path
@@ -34,7 +34,8 @@ _INCOMPLETE = "config.json and weights are not of one whole model, get both from
 class Checkpoint(StoredSource):
     """A checked gpt-oss directory: `config`, `layout` of experts, `dense_layout` of the rest, and tensors.
 
-    `side` are the tokenizer, template and licence that go with it; `notes` say what was read otherwise than it is written.
+    `side` are the tokenizer, template and licence that go with it; `notes` say what was read otherwise than it is
+    written.
     """
 
     def __init__(self, path: Path, adapter: Adapter | None = None):
@@ -157,7 +158,9 @@ class Checkpoint(StoredSource):
                 self.config, lambda name: self.info(name).shape if name in self.weights else None
             )
         except ValueError as error:
-            raise InputError(f"{self.path}: {error}; {_INCOMPLETE}") from None
+            name = self.layout.base(0, 0, "gate_up") + "_weight_scale"
+            where = self.weights.file(name) if name in self.weights else self.path
+            raise InputError(f"{where}: {error}; {_INCOMPLETE}") from None
 
     def _expected(self) -> Stored:
         """Return name -> (shape, allowed dtypes) of everything that the config and the layouts promise."""
@@ -179,9 +182,9 @@ class Checkpoint(StoredSource):
         if len(set(counts.values())) > 1:
             first, other = next((a, b) for a in counts for b in counts if counts[a] != counts[b])
             raise InputError(
-                f"{self.path}: layer {first} has {counts[first]} experts, layer {other} has {counts[other]}; gpt-oss has "
-                "one number of experts for all layers (num_local_experts), and neither transformers nor any runtime reads "
-                "others: prune every layer to the same number"
+                f"{self.path}: layer {first} has {counts[first]} experts, layer {other} has {counts[other]}; "
+                "gpt-oss has one number of experts for all layers (num_local_experts), and neither transformers "
+                "nor any runtime reads others: prune every layer to the same number"
             )
 
     def _check_names_and_shapes(self) -> None:
@@ -202,5 +205,6 @@ class Checkpoint(StoredSource):
             raise InputError(
                 f"{self.weights.file(unknown[0])}: {len(unknown)} unknown tensor(s), first {unknown[0]}; "
                 f"a gpt-oss checkpoint with {self.layout.name} experts has none of that name, and dropping it "
-                f"would change the model; {nearest(unknown[0])}"
+                "would change the model: take it out of the files if it means nothing, or use the original"
+                + ("" if self.layout.packed else f"; {nearest(unknown[0])}")
             )

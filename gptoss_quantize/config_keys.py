@@ -1,9 +1,9 @@
 """The many spellings of a gpt-oss config.json, brought into the one that transformers reads; ambiguity is refused.
 
-Where a key has another name (`experts_per_token`), the value is taken and the usual key is written. Two names with two
-values are refused with both, since runtimes differ in which they take. What transformers fills in by itself is written
-out where its default is not ours. A key of another architecture that would change the model's function is refused:
-neither transformers nor this project would compute it.
+Where a key has another name (`experts_per_token`), the value is taken and the usual key is written. Two names with
+two values are refused with both, since runtimes differ in which they take. What transformers fills in by itself is
+written out where its default is not ours. A key of another architecture that would change the model's function is
+refused: neither transformers nor this project would compute it.
 """
 
 from typing import Any
@@ -80,8 +80,8 @@ def normalized(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         _one_of(raw, name, others, where, notes)
     if isinstance(raw.get("num_local_experts"), list):
         raise InputError(
-            f"{where}: num_local_experts is a list, a number for each layer; gpt-oss has one number of experts in all "
-            "layers, and no runtime of it reads others: prune every layer to the same number"
+            f"{where}: num_local_experts is a list, a number for each layer; gpt-oss has one number of experts in "
+            "all layers, and no runtime of it reads others: prune every layer to the same number"
         )
     _one_rope(raw, where)
     _window(raw, where)
@@ -89,14 +89,15 @@ def normalized(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         raw["head_dim"] = HEAD_DIM
     if "swiglu_limit" in raw and raw["swiglu_limit"] is None:
         raise InputError(
-            f"{where}: swiglu_limit is null, which is no limit to some readers and 7.0 to others; write the number that "
-            "the model was trained with (the release: 7.0)"
+            f"{where}: swiglu_limit is null, which is no limit to some readers and 7.0 to others; write the number "
+            "that the model was trained with (the release: 7.0)"
         )
     for name, neutral in _FOREIGN.items():
         if name in raw and raw[name] is not None and not any(_same(raw[name], value) for value in neutral):
             raise InputError(
-                f"{where}: {name} is {raw[name]!r}; gpt-oss has no such setting, transformers ignores it and so would we, "
-                "but a model that was trained with it would compute something else: take it out if it means nothing"
+                f"{where}: {name} is {raw[name]!r}; gpt-oss has no such setting, transformers ignores it and so "
+                "would we, but a model that was trained with it would compute something else: take it out if it "
+                "means nothing"
             )
     return raw, notes
 
@@ -116,8 +117,8 @@ def _one_of(raw: dict[str, Any], name: str, others: tuple[str, ...], where: str,
             notes.append(f"{where}: {other} {value!r} is read as {name}, which transformers would fill in itself")
         elif raw[name] != value:
             raise InputError(
-                f"{where}: {name} is {raw[name]!r} and {other} is {value!r}; both mean the same, and readers differ in "
-                f"which they take: keep the right one as {name}, and take {other} out"
+                f"{where}: {name} is {raw[name]!r} and {other} is {value!r}; both mean the same, and readers differ "
+                f"in which they take: keep the right one as {name}, and take {other} out"
             )
 
 
@@ -129,16 +130,16 @@ def _one_rope(raw: dict[str, Any], where: str) -> None:
         for key in sorted(both[0].keys() & both[1].keys()):
             if both[0][key] != both[1][key]:
                 raise InputError(
-                    f"{where}: rope_scaling has {key} {both[0][key]!r}, rope_parameters has {both[1][key]!r}; readers "
-                    "differ in which they take: keep the right one"
+                    f"{where}: rope_scaling has {key} {both[0][key]!r}, rope_parameters has {both[1][key]!r}; "
+                    "readers differ in which they take: keep the right one"
                 )
     theta = raw.get("rope_theta")
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         own = value.get("rope_theta") if isinstance(value, dict) else None
         if theta is not None and own is not None and own != theta:
             raise InputError(
-                f"{where}: rope_theta is {theta!r}, and {own!r} in {name}; readers differ in which they take: keep the "
-                "right one"
+                f"{where}: rope_theta is {theta!r}, and {own!r} in {name}; readers differ in which they take: keep "
+                "the right one"
             )
 
 
@@ -159,9 +160,9 @@ def _window(raw: dict[str, Any], where: str) -> None:
         raw["sliding_window"] = _WINDOW
         return
     raise InputError(
-        f"{where}: sliding_window is null, but layer_types has sliding_attention layers (every second one by default); "
-        f"write the window that the model was trained with (the release: {_WINDOW}), or layer_types with full_attention "
-        "only"
+        f"{where}: sliding_window is null, but layer_types has sliding_attention layers (every second one by "
+        f"default); write the window that the model was trained with (the release: {_WINDOW}), or layer_types with "
+        "full_attention only"
     )
 
 

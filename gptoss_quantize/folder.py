@@ -2,8 +2,8 @@
 
 `open_weights` gives stored name -> file. A folder may hold an index with its shards, shards without an index
 (model-0000i-of-0000N), a single file, or several of these. One that holds a whole model is taken; two that hold
-different models are refused with both named, since transformers, vLLM and others differ in which they take. Files that
-an index does not name are leftovers: every reader goes by the index, and so do we, and say so.
+different models are refused with both named, since transformers, vLLM and others differ in which they take. Files
+that an index does not name are leftovers: every reader goes by the index, and so do we, and say so.
 
 Everything that follows is handed this reading, transformers included (`stock`).
 """
@@ -55,7 +55,7 @@ class _Set:
 
 
 def open_weights(path: Path) -> tuple[dict[str, ShardFile], list[str]]:
-    """Return (stored name -> open file, notes); InputError where the folder has no weights, or two different models."""
+    """Return (stored name -> open file, notes); InputError where a folder holds no model, or two different ones."""
     if not path.is_dir():
         raise InputError(f"{path}: not a directory; expected a Hugging Face gpt-oss directory")
     found = sorted(p for p in path.glob("*.safetensors") if p.name not in ADAPTER_NAMES and p.exists())
@@ -66,35 +66,12 @@ def open_weights(path: Path) -> tuple[dict[str, ShardFile], list[str]]:
         raise InputError(_nothing(path, adapter))
     if adapter:
         raise InputError(
-            f"{path}: holds a model ({(found or indexes)[0].name}) and an adapter (adapter_config.json); transformers would "
-            "merge the adapter in silence, others would not see it: move the adapter's files to a folder of their own and "
-            "give it with --adapter, or move them away"
+            f"{path}: holds a model ({(found or indexes)[0].name}) and an adapter (adapter_config.json); transformers "
+            "would merge the adapter in silence, others would not see it: move the adapter's files to a folder of "
+            "their own and give it with --adapter, or move them away"
         )
     notes: list[str] = []
-    sets, dead = [], []
-    for index in indexes:
-        weight_map = _weight_map(index)
-        if all((path / file).exists() for file in weight_map.values()):
-            sets.append(_Set(f"the index {index.name}", _indexed(index, weight_map)))
-        else:
-            dead.append((index, weight_map))
-    if (path / SINGLE_NAME) in found and not any((path / SINGLE_NAME) in one.files for one in sets):
-        single = ShardFile(path / SINGLE_NAME)
-        sets.append(_Set(f"the file {SINGLE_NAME}", dict.fromkeys(single.tensors, single)))
-    if len(sets) == 0 or sets[0].words.startswith("the file"):
-        groups = _groups([file for file in found if _SHARD.fullmatch(file.name)])
-        for (stem, count), files in sorted(groups.items()):
-            alone = not sets and not dead and len(groups) == 1
-            if whole := _without_index(path, stem, count, files, notes, alone=alone):
-                sets.append(whole)
-    if not sets and not dead and len(found) == 1:
-        single = ShardFile(found[0])
-        sets.append(_Set(f"the file {found[0].name}", dict.fromkeys(single.tensors, single)))
-    for index, weight_map in dead:
-        if not sets:
-            # the message of the first file that is missing
-            _indexed(index, weight_map)
-        notes.append(f"{index} names files that are not there, and is not read")
+    sets = _candidates(path, found, indexes, notes)
     if not sets:
         raise InputError(
             f"{path}: {len(found)} weight files without an index, first {found[0].name}; which of them make up the model "
@@ -112,14 +89,46 @@ def open_weights(path: Path) -> tuple[dict[str, ShardFile], list[str]]:
     return dict(first.shard_of), notes
 
 
+def _candidates(path: Path, found: list[Path], indexes: list[Path], notes: list[str]) -> list[_Set]:
+    """Return every set of files that may be the model, an index before others; shards count where no index does."""
+    sets, dead = [], []
+    for index in indexes:
+        weight_map = _weight_map(index)
+        if all((path / file).exists() for file in weight_map.values()):
+            sets.append(_Set(f"the index {index.name}", _indexed(index, weight_map)))
+        else:
+            dead.append((index, weight_map))
+    indexed = bool(sets)
+    if (path / SINGLE_NAME) in found and not any((path / SINGLE_NAME) in one.files for one in sets):
+        sets.append(_single(path / SINGLE_NAME))
+    groups = {} if indexed else _groups([file for file in found if _SHARD.fullmatch(file.name)])
+    for (stem, count), files in sorted(groups.items()):
+        alone = not sets and not dead and len(groups) == 1
+        if whole := _without_index(path, stem, count, files, notes, alone=alone):
+            sets.append(whole)
+    if not sets and not dead and len(found) == 1:
+        sets.append(_single(found[0]))
+    for index, weight_map in dead:
+        if not sets:
+            # raises: the message names the first file that is missing
+            _indexed(index, weight_map)
+        notes.append(f"{index} names files that are not there, and is not read")
+    return sets
+
+
+def _single(file: Path) -> _Set:
+    shard = ShardFile(file)
+    return _Set(f"the file {file.name}", dict.fromkeys(shard.tensors, shard))
+
+
 def _nothing(path: Path, adapter: bool) -> str:
     if adapter:
         return f"{path}: is an adapter, not a model; give the base model as MODEL and this folder with --adapter"
     pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
     if pickles:
         return (
-            f"{path}: {pickles[0]} is a pickle, which can run any code when it is read; convert it: load the model with "
-            "transformers and save it with save_pretrained, which writes safetensors"
+            f"{path}: {pickles[0]} is a pickle, which can run any code when it is read; convert it: load the model "
+            "with transformers and save it with save_pretrained, which writes safetensors"
         )
     return f"{path}: no weights; expected {SINGLE_NAME} or one of {', '.join(INDEX_NAMES)}; download them"
 
@@ -163,7 +172,7 @@ def _groups(files: list[Path]) -> dict[tuple[str, int], dict[int, Path]]:
 def _without_index(
     path: Path, stem: str, count: int, files: dict[int, Path], notes: list[str], *, alone: bool
 ) -> _Set | None:
-    """Return the shards of a set without an index, None where some are missing (InputError where they are `alone`)."""
+    """Return shards that have no index, None where some are missing (InputError where they are `alone`)."""
     # some tools count from 0
     start = 0 if 0 in files else 1
     if missing := sorted(set(range(start, start + count)) - files.keys()):
@@ -171,8 +180,8 @@ def _without_index(
             return None
         name = next(iter(files.values())).name
         raise InputError(
-            f"{path}: {name} is there, but shard {missing[0]} of {count} is not, and no index; get the missing files, and "
-            f"{stem}.safetensors.index.json, from the source"
+            f"{path}: {name} is there, but shard {missing[0]} of {count} is not, and no index; get the missing "
+            f"files, and {stem}.safetensors.index.json, from the source"
         )
     shard_of: dict[str, ShardFile] = {}
     for number in sorted(files):
@@ -180,8 +189,8 @@ def _without_index(
         for name in shard.tensors:
             if name in shard_of:
                 raise InputError(
-                    f"{path}: {name} is in {shard_of[name].path.name} and in {shard.path.name}; the shards are of two "
-                    "models, or saved twice: get them from the source again"
+                    f"{path}: {name} is in {shard_of[name].path.name} and in {shard.path.name}; the shards are of "
+                    "two models, or saved twice: get them from the source again"
                 )
             shard_of[name] = shard
     words = f"the {count} shard(s) {stem}-*-of-{count:05d}"
@@ -202,9 +211,9 @@ def _same_model(path: Path, one: _Set, other: _Set) -> None:
     )
     if differ:
         raise InputError(
-            f"{path}: holds two different models: {one.words} ({len(one.shard_of)} tensors in {len(one.files)} file(s)) and "
-            f"{other.words} ({len(other.shard_of)} tensors), which differ in {differ[0]}; transformers and others differ in "
-            "which they read. Keep one, and move the other to a folder of its own"
+            f"{path}: holds two different models: {one.words} ({len(one.shard_of)} tensors in {len(one.files)} "
+            f"file(s)) and {other.words} ({len(other.shard_of)} tensors), which differ in {differ[0]}; transformers "
+            "and others differ in which they read. Keep one, and move the other to a folder of its own"
         )
 
 
@@ -214,7 +223,7 @@ def _same_model(path: Path, one: _Set, other: _Set) -> None:
 def settle(
     config: ModelConfig, weights: Weights, layout: Layout, where: str
 ) -> tuple[ModelConfig, Weights, list[str]]:
-    """Return config and weights that agree: what is stored counts for the head, the experts' format, and rotary tables.
+    """Return config and weights that agree: what is stored counts for the head and for the experts' format.
 
     The raw config is what transformers gets, so it says the same.
     """
@@ -228,8 +237,8 @@ def settle(
             raw["tie_word_embeddings"] = False
             config = replace(config, tied=False)
             notes.append(
-                f"{where}: tie_word_embeddings is true, but an lm_head.weight is stored that is not the embedding; the "
-                "stored head counts, as in transformers 5"
+                f"{where}: tie_word_embeddings is true, but an lm_head.weight is stored that is not the embedding; "
+                "the stored head counts, as in transformers 5"
             )
     _quantization(raw, layout, where, notes)
     return replace(config, raw=raw), weights, notes
@@ -243,8 +252,8 @@ def _without_rotary(config: ModelConfig, weights: Weights, where: str, notes: li
         stored = weights.read(name).float()
         if stored.shape != expected.shape or not torch.allclose(stored, expected, rtol=1e-2, atol=1e-8):
             notes.append(
-                f"{where}: {name} is stored with other frequencies than the rope settings give; the settings count, as in "
-                "transformers"
+                f"{where}: {name} is stored with other frequencies than the rope settings give; the settings count, "
+                "as in transformers"
             )
             break
     return weights.without(found) if found else weights

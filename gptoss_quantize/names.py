@@ -1,8 +1,8 @@
 """One table of names: what other tools call gpt-oss's tensors, turned into transformers' names before any look-up.
 
-Wrappers (DDP, FSDP, torch.compile, activation checkpointing, PEFT, a vision-language model around it) add components to
-names; `plain_name` takes them off. Other layouts of the same weights are put together as they are read, one expert at
-a time, and nothing is copied:
+Wrappers (DDP, FSDP, torch.compile, activation checkpointing, PEFT, a vision-language model around it) add
+components to names; `plain_name` takes them off. Other layouts of the same weights are put together as they are
+read, one expert at a time, and nothing is copied:
 
     transformers           experts.gate_up_proj [E, D, 2F], gate and up columns interleaved; router.weight
     Unsloth                experts.gate_up_projs.N.weight [2F, D], down_projs.N.weight; router.linear.weight
@@ -80,18 +80,19 @@ _KNOWN_OTHERS = tuple(
         (
             r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|SCB)$",
             "a bitsandbytes checkpoint",
-            "save the model in 16 bit (Unsloth: save_pretrained_merged(..., save_method='merged_16bit')) and give that",
+            "save the model in 16 bit (Unsloth: save_pretrained_merged(..., save_method='merged_16bit')) and give "
+            "that",
         ),
         (
             r"\.(qweight|qzeros|g_idx|weight_packed|weight_zero_point|weight_shape)$",
-            "an int4 checkpoint of another tool (GPTQModel, AutoGPTQ, AutoAWQ, AutoRound, llm-compressor)",
+            "what another tool already quantized (GPTQModel, AutoGPTQ, AutoAWQ, AutoRound, llm-compressor)",
             "`gptoss-quantize import` reads those; to quantize, start from the bf16 or MXFP4 original",
         ),
         (
             r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w[123])\.(weight|bias)$",
             "one linear layer per expert with gate and up apart (llm-compressor, Defuser)",
-            "some tools mean the even rows of gate_up_proj by gate_proj and others its first half, so it is not guessed: "
-            "save the model with its experts fused (experts.gate_up_proj), as transformers writes it",
+            "some tools mean the even rows of gate_up_proj by gate_proj and others its first half, so it is not "
+            "guessed: save the model with its experts fused (experts.gate_up_proj), as transformers writes it",
         ),
         (
             r"\.(scales|biases)$",
@@ -141,7 +142,7 @@ def nearest(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return a tensor's name without what wrappers added, by its name in transformers where that is only another one."""
+    """Return a tensor's name without what wrappers added, and as transformers has it where only the name differs."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     lead = 0
     while lead < len(parts) and parts[lead] in _LEADING:
@@ -177,7 +178,8 @@ def canonical(shard_of: Mapping[str, ShardFile], config: ModelConfig, where: str
         new = plain_name(strip(name))
         if new in renamed:
             raise InputError(
-                f"{where}: {renamed[new]} and {name} are both {new}; keep the one that is meant, in a folder of its own"
+                f"{where}: {renamed[new]} and {name} are both {new}; keep the one that is meant, in a folder of its "
+                "own"
             )
         renamed[new] = name
     made = _assembled({new: (old, stored[old]) for new, old in renamed.items()}, config, where)
@@ -192,7 +194,7 @@ def canonical(shard_of: Mapping[str, ShardFile], config: ModelConfig, where: str
 
 
 def renamed(shard_of: Mapping[str, ShardFile], where: str, more: Callable[[str], str]) -> Weights:
-    """Return the tensors of another tool's int4 file by plain names, none of them put together; `more` renames further."""
+    """Return the tensors of another tool's int4 file by plain names, none put together; `more` renames further."""
     strip = _without_common(shard_of)
     made: dict[str, Made] = {}
     for name, shard in sorted(shard_of.items()):
@@ -203,10 +205,14 @@ def renamed(shard_of: Mapping[str, ShardFile], where: str, more: Callable[[str],
     return Weights(shard_of, made)
 
 
-def _assembled(found: Mapping[str, tuple[str, TensorInfo]], config: ModelConfig, where: str) -> dict[str, Made]:
+_Entry = tuple[str, TensorInfo]  # stored name and what is there
+
+
+def _assembled(found: Mapping[str, _Entry], config: ModelConfig, where: str) -> dict[str, Made]:
+    """Return transformers' name -> how it is made, from plain names; names that nothing matches stay."""
     made: dict[str, Made] = {}
-    lists: dict[str, dict[int, tuple[str, TensorInfo]]] = {}
-    stacked: dict[tuple[str, str], dict[str, tuple[str, TensorInfo]]] = {}
+    lists: dict[str, dict[int, _Entry]] = {}
+    stacked: dict[tuple[str, str], dict[str, _Entry]] = {}
 
     def put(name: str, value: Made) -> None:
         if name in made:
@@ -215,28 +221,32 @@ def _assembled(found: Mapping[str, tuple[str, TensorInfo]], config: ModelConfig,
             )
         made[name] = value
 
-    for name, (old, info) in found.items():
+    for name, entry in found.items():
         if match := _PER_EXPERT.fullmatch(name):
-            part = "gate_up_proj" if (match["own"] or match["list"]).startswith("gate_up") else "down_proj"
-            target = f"{match['base']}.{part}" + ("_bias" if match["what"] == "bias" else "")
-            entries = lists.setdefault(target, {})
-            number = int(match["n"] or match["m"])
-            if number in entries:
-                raise InputError(f"{where}: {entries[number][0]} and {old} are both expert {number} of {target}")
-            entries[number] = (old, info)
+            _note_expert(lists, match, entry, where)
         elif match := _STACKED.fullmatch(name):
-            stacked.setdefault((match["base"], match["what"]), {})[match["own"]] = (old, info)
+            stacked.setdefault((match["base"], match["what"]), {})[match["own"]] = entry
         elif match := _QKV.fullmatch(name):
-            for proj, value in _qkv(old, info, config, where).items():
+            for proj, value in _qkv(*entry, config, where).items():
                 put(f"{match['base']}.{proj}.{match['what']}", value)
         else:
-            put(name, Made.stored(old, info))
+            put(name, Made.stored(*entry))
     for target, entries in lists.items():
         put(target, _listed(target, entries, where))
     for (base, what), parts in stacked.items():
         for name, value in _from_stacked(base, what, parts, where).items():
             put(name, value)
     return made
+
+
+def _note_expert(lists: dict[str, dict[int, _Entry]], match: re.Match[str], entry: _Entry, where: str) -> None:
+    """Put one expert's linear layer among those of the fused tensor that it belongs to."""
+    part = "gate_up_proj" if (match["own"] or match["list"]).startswith("gate_up") else "down_proj"
+    target = f"{match['base']}.{part}" + ("_bias" if match["what"] == "bias" else "")
+    entries, number = lists.setdefault(target, {}), int(match["n"] or match["m"])
+    if number in entries:
+        raise InputError(f"{where}: {entries[number][0]} and {entry[0]} are both expert {number} of {target}")
+    entries[number] = entry
 
 
 def _turned(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:

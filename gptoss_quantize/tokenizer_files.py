@@ -1,9 +1,9 @@
 """Tokenizer, chat template, generation settings and licence of a model: chosen once, handed to all that need them.
 
-transformers' rule is the rule: chat_template.jinja (with additional_chat_templates/) counts before the template inside
-tokenizer_config.json, and chat_template.json is for processors only. gguf's vocabulary reader has another order, so
-nothing reads a user's folder directly: `SideFiles.write` puts the chosen files into a folder in which there is one
-template in one place. An adapter's own tokenizer and template count before the base's.
+transformers' rule is the rule: chat_template.jinja (with additional_chat_templates/) counts before the template
+inside tokenizer_config.json, and chat_template.json is for processors only. gguf's vocabulary reader has another
+order, so nothing reads a user's folder directly: `SideFiles.write` puts the chosen files into a folder in which
+there is one template in one place. An adapter's own tokenizer and template count before the base's.
 """
 
 import json
@@ -104,14 +104,14 @@ def chat_template(folder: Path) -> tuple[Template | None, list[str]]:
     if chosen is None:
         if inside is None and (folder / "chat_template.json").is_file():
             notes.append(
-                f"{folder}: chat_template.json is for processors, and transformers' tokenizers do not read it: the model has "
-                f"no chat template; to use it, put its text into {JINJA_NAME}"
+                f"{folder}: chat_template.json is for processors, and transformers' tokenizers do not read it: the "
+                f"model has no chat template; to use it, put its text into {JINJA_NAME}"
             )
         return inside, notes
     if inside is not None and inside != chosen:
         notes.append(
-            f"{folder}: {JINJA_NAME if 'default' in found else MORE_NAME} and {CONFIG_NAME} hold different chat templates; "
-            "the file counts, as in transformers"
+            f"{folder}: {JINJA_NAME if 'default' in found else MORE_NAME} and {CONFIG_NAME} hold different chat "
+            "templates; the file counts, as in transformers"
         )
     return chosen, notes
 
@@ -123,7 +123,7 @@ def _same_file(one: Path | None, other: Path | None) -> bool:
 
 
 def side_files(path: Path, adapter: Path | None = None) -> SideFiles:
-    """Return the files beside the weights of a model; an adapter's own tokenizer and template win, and notes say so."""
+    """Return the files beside a model's weights; an adapter's own tokenizer and template win, and notes say so."""
     files = {name: path / name for name in COPIED if (path / name).is_file()}
     template, notes = chat_template(path)
     if adapter is None:
@@ -146,13 +146,13 @@ def side_files(path: Path, adapter: Path | None = None) -> SideFiles:
 
 
 def default_template(template: Template | None, where: Path) -> str | None:
-    """Return the text that is rendered without tools; InputError for several templates of which none is the default."""
+    """Return the text that is rendered without tools; InputError for several templates and no default."""
     if not isinstance(template, dict):
         return template
     if "default" not in template:
         raise InputError(
-            f"{where}: has the chat templates {', '.join(sorted(template))}, and none is the default; name the right one "
-            f"{JINJA_NAME}"
+            f"{where}: has the chat templates {', '.join(sorted(template))}, and none is the default; name the "
+            f"right one {JINJA_NAME}"
         )
     return template["default"]
 

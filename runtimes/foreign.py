@@ -1,7 +1,8 @@
 """int4 gpt-oss checkpoints that other tools made, read as a `Checkpoint`.
 
-Known layouts, one linear layer per expert and projection (`experts.E.{gate_proj,up_proj,down_proj}`), or with gate and up
-in one as in the fused weights (GPTQModel of 2025: `experts.{gate_up,down}.E`; nothing is to be found out there):
+Known layouts, one linear layer per expert and projection (`experts.E.{gate_proj,up_proj,down_proj}`), or with gate
+and up in one as in the fused weights (GPTQModel of 2025: `experts.{gate_up,down}.E`; nothing is to be found out
+there):
 
     gptq    qweight, qzeros, scales, [g_idx]    GPTQModel, AutoGPTQ, AutoRound; checkpoint_format gptq or gptq_v2
     awq     qweight, qzeros, scales             AutoAWQ's GEMM order, AutoRound
@@ -15,7 +16,6 @@ Attention and the head may be quantized too (GPTQModel's default): they are dequ
 """
 
 import re
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +190,7 @@ class Foreign(StoredSource):
         return self.weights.read(name, index)
 
     def dense(self, name: str) -> Tensor:
-        """Return a tensor outside the experts as stored; float32, which holds code times scale, where it is in int4."""
+        """Return a tensor outside the experts: as stored; in float32, which is exact, where it is in int4."""
         if name in self.packed_dense:
             return self._linear(self._stem(name), self.packed_dense[name]).weight()
         return self.read(name)

@@ -70,7 +70,7 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     missing = set(info["missing_keys"]) - ({"lm_head.weight"} if checkpoint.config.tied else set())
     if missing or info["mismatched_keys"]:
         raise InputError(
-            f"{checkpoint.path}: transformers does not take all of its tensors: missing {sorted(missing)[:3]}, of another "
-            f"shape {sorted(map(str, info['mismatched_keys']))[:3]}"
+            f"{checkpoint.path}: transformers does not take all of its tensors: missing {sorted(missing)[:3]}, of "
+            f"another shape {sorted(map(str, info['mismatched_keys']))[:3]}"
         )
     return model
