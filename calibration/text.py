@@ -135,7 +135,7 @@ class Tokens:
 
 
 def load_tokenizer(model: str | Path | SideFiles) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint, given as its directory or as `Checkpoint.side`; never asks the network."""
+    """Return the tokenizer of a checkpoint, a directory or `Checkpoint.side`; never asks the network."""
     remedy = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original model there"
     if not isinstance(model, SideFiles):
         if not Path(model).is_dir():

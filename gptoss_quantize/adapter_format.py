@@ -1,7 +1,4 @@
-"""What the two files of a PEFT LoRA adapter say: its settings, and which base tensor each stored tensor changes.
-
-`adapter` merges what is found here, and says which properties of PEFT's files matter.
-"""
+"""What the files of a PEFT LoRA adapter say: settings, and which base tensor each of its tensors changes."""
 
 import math
 import re

@@ -66,16 +66,16 @@ def open_weights(path: Path) -> tuple[dict[str, ShardFile], list[str]]:
         raise InputError(_nothing(path, adapter))
     if adapter:
         raise InputError(
-            f"{path}: holds a model ({(found or indexes)[0].name}) and an adapter (adapter_config.json); transformers "
-            "would merge the adapter in silence, others would not see it: move the adapter's files to a folder of "
+            f"{path}: holds a model ({(found or indexes)[0].name}) and an adapter (adapter_config.json); transformers"
+            " would merge the adapter in silence, others would not see it: move the adapter's files to a folder of "
             "their own and give it with --adapter, or move them away"
         )
     notes: list[str] = []
     sets = _candidates(path, found, indexes, notes)
     if not sets:
         raise InputError(
-            f"{path}: {len(found)} weight files without an index, first {found[0].name}; which of them make up the model "
-            f"cannot be told: expected {SINGLE_NAME}, an index, or shards named model-00001-of-0000N.safetensors"
+            f"{path}: {len(found)} weight files without an index, first {found[0].name}; which of them make up "
+            f"the model cannot be told: expected {SINGLE_NAME}, an index, or shards model-00001-of-0000N.safetensors"
         )
     first = sets[0]
     for other in sets[1:]:

@@ -214,13 +214,6 @@ def _assembled(found: Mapping[str, _Entry], config: ModelConfig, where: str) -> 
     lists: dict[str, dict[int, _Entry]] = {}
     stacked: dict[tuple[str, str], dict[str, _Entry]] = {}
 
-    def put(name: str, value: Made) -> None:
-        if name in made:
-            raise InputError(
-                f"{where}: {made[name].parts[0]} and {value.parts[0]} are both {name}; keep the one that is meant"
-            )
-        made[name] = value
-
     for name, entry in found.items():
         if match := _PER_EXPERT.fullmatch(name):
             _note_expert(lists, match, entry, where)
@@ -228,15 +221,23 @@ def _assembled(found: Mapping[str, _Entry], config: ModelConfig, where: str) -> 
             stacked.setdefault((match["base"], match["what"]), {})[match["own"]] = entry
         elif match := _QKV.fullmatch(name):
             for proj, value in _qkv(*entry, config, where).items():
-                put(f"{match['base']}.{proj}.{match['what']}", value)
+                _put(made, f"{match['base']}.{proj}.{match['what']}", value, where)
         else:
-            put(name, Made.stored(*entry))
+            _put(made, name, Made.stored(*entry), where)
     for target, entries in lists.items():
-        put(target, _listed(target, entries, where))
+        _put(made, target, _listed(target, entries, where), where)
     for (base, what), parts in stacked.items():
         for name, value in _from_stacked(base, what, parts, where).items():
-            put(name, value)
+            _put(made, name, value, where)
     return made
+
+
+def _put(made: dict[str, Made], name: str, value: Made, where: str) -> None:
+    if name in made:
+        raise InputError(
+            f"{where}: {made[name].parts[0]} and {value.parts[0]} are both {name}; keep the one that is meant"
+        )
+    made[name] = value
 
 
 def _note_expert(lists: dict[str, dict[int, _Entry]], match: re.Match[str], entry: _Entry, where: str) -> None:

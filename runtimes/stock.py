@@ -8,6 +8,8 @@ placed tensor by tensor (`eval.whole`). A config that transformers understands o
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from gptoss_quantize.config import ModelConfig, parse_config, rope_frequencies
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.whole import whole_model
 from gptoss_quantize.layouts import AS_SOURCE, MXFP4
+from gptoss_quantize.runtimes.exports import export_checkpoint
 
 _COMPARED = tuple(field for field in ModelConfig.__dataclass_fields__ if field not in ("raw", "rope"))
 
@@ -47,8 +50,7 @@ def stock_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> 
     """Return the model with float experts, on the CPU; an adapter is merged. InputError where tensors do not fit."""
     stock_config(checkpoint.config)
     layout = checkpoint.layout
-    plain = checkpoint.weights.plain and checkpoint.adapter is None and checkpoint.dense_layout is AS_SOURCE
-    if plain and not layout.packed:
+    if _is_plain(checkpoint) and not layout.packed:
         # transformers dequantizes MXFP4 into bfloat16, which holds it exactly
         loaded = _from_files(checkpoint, torch.bfloat16 if layout is MXFP4 else dtype)
     else:
@@ -56,16 +58,36 @@ def stock_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> 
     return loaded.to(dtype).eval()
 
 
-def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    with tempfile.TemporaryDirectory(prefix="gptoss-quantize-") as place:
-        folder = Path(place)
+@contextmanager
+def linked(checkpoint: Checkpoint, where: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that holds exactly what was read, for a runtime that reads folders by itself.
+
+    Weight files are links; what is not stored as transformers has it, or merged with an adapter, is written out.
+    """
+    with tempfile.TemporaryDirectory(prefix="gptoss-quantize-", dir=where) as place:
+        folder = Path(place) / "model"
+        if not _is_plain(checkpoint):
+            export_checkpoint(checkpoint, folder, "bf16")
+            yield folder
+            return
+        folder.mkdir()
         weight_map = {name: checkpoint.weights.file(name).name for name in checkpoint.names()}
         for file in checkpoint.files():
             (folder / file.name).symlink_to(file.resolve())
         if set(weight_map.values()) != {"model.safetensors"}:
             index = {"metadata": {}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+            (folder / checkpoint.layout.index_name).write_text(json.dumps(index), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(checkpoint.config.raw), encoding="utf-8")
+        checkpoint.side.write(folder)
+        yield folder
+
+
+def _is_plain(checkpoint: Checkpoint) -> bool:
+    return checkpoint.weights.plain and checkpoint.adapter is None and checkpoint.dense_layout is AS_SOURCE
+
+
+def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    with linked(checkpoint) as folder:
         model, info = GptOssForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     missing = set(info["missing_keys"]) - ({"lm_head.weight"} if checkpoint.config.tied else set())
     if missing or info["mismatched_keys"]:

@@ -42,6 +42,7 @@ from gptoss_quantize.runtimes.agreement import (
 )
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.exports import export_checkpoint
+from gptoss_quantize.runtimes.stock import linked
 
 COMPARISON = "for comparison"
 LONGEST_NOTE = 400
@@ -277,7 +278,8 @@ def in_vllm(job: Job, rows: list[Row]) -> None:
 
     noise: Agreement | None = None
     if job.baseline is not None:
-        found = distance(job.baseline.path, "auto", job.baseline)
+        with linked(job.baseline, job.work) as folder:
+            found = distance(folder, "auto", job.baseline)
         if isinstance(found, str):
             rows.append(Row("vllm", "baseline", FAILED, note=found))
         else:
@@ -293,7 +295,8 @@ def in_vllm(job: Job, rows: list[Row]) -> None:
             rows.append(judged("vllm", what, BITS16, found, noise, "noise: baseline in bfloat16" if noise else ""))
 
     if not job.checkpoint.layout.packed:
-        add("as stored", job.checkpoint.path, "auto")
+        with linked(job.checkpoint, job.work) as folder:
+            add("as stored", folder, "auto")
         return
     if torch.cuda.is_available():
         for backend in check_vllm.CARD_BACKENDS:
