@@ -131,7 +131,7 @@ def test_other_names_of_the_same_modules(tiny, tmp_path):
 
 
 def tinker(tiny, path, shared=True):
-    """Tinker's file: A or B of w1, w2, w3 for all experts, the factor at the hidden side shared; attn, unembed_tokens."""
+    """Tinker's file: factors of all experts, the one at the hidden side shared; attn, unembed_tokens."""
     config = tiny.model().config
     E, D, F, V, r = 8, config.hidden_size, config.intermediate_size, config.vocab_size, 4
     g = torch.Generator().manual_seed(5)
