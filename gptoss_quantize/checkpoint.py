@@ -28,6 +28,7 @@ from gptoss_quantize.shards import TensorInfo
 from gptoss_quantize.source import Expert, StoredSource
 from gptoss_quantize.tokenizer_files import side_files
 
+HEAD = "lm_head.weight"
 _INCOMPLETE = "config.json and weights are not of one whole model, get both from the source again"
 
 
@@ -192,7 +193,8 @@ class Checkpoint(StoredSource):
         expected = self._expected()
         for name, (shape, allowed) in expected.items():
             if name not in self.weights:
-                raise InputError(f"{self.path}: tensor {name} is missing; {_INCOMPLETE}")
+                tied = "if head and embedding are one, set tie_word_embeddings true; else " if name == HEAD else ""
+                raise InputError(f"{self.path}: tensor {name} is missing; {tied}{_INCOMPLETE}")
             info, file = self.info(name), self.weights.file(name)
             if info.shape != shape:
                 raise InputError(

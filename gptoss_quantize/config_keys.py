@@ -61,6 +61,20 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "num_nextn_predict_layers": (0,),
 }
+_NOT_NULL = (
+    "attention_bias",
+    "tie_word_embeddings",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "swiglu_alpha",
+    "hidden_act",
+    "use_cache",
+    "initializer_range",
+    "attention_dropout",
+    "router_aux_loss_coef",
+    "output_router_logits",
+)
 _ORIGINAL_KEYS = {"num_experts", "experts_per_token", "initial_context_length"}
 
 
@@ -85,8 +99,26 @@ def normalized(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
         )
     _one_rope(raw, where)
     _window(raw, where)
+    _head_dim(raw)
+    for name in _NOT_NULL:
+        if name in raw and raw[name] is None:
+            # not given: transformers would stop at null
+            del raw[name]
+    _refuse_unclear(raw, where)
+    return raw, notes
+
+
+def _head_dim(raw: dict[str, Any]) -> None:
+    """Write out the width of a head as transformers fills it in: 64 without the key, the usual ratio for null."""
+    hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
     if "head_dim" not in raw:
         raw["head_dim"] = HEAD_DIM
+    elif raw["head_dim"] is None and type(hidden) is int and type(heads) is int and heads > 0:
+        raw["head_dim"] = hidden // heads
+
+
+def _refuse_unclear(raw: dict[str, Any], where: str) -> None:
+    """Refuse values that readers take in two ways, and settings of other architectures."""
     if "swiglu_limit" in raw and raw["swiglu_limit"] is None:
         raise InputError(
             f"{where}: swiglu_limit is null, which is no limit to some readers and 7.0 to others; write the number "
@@ -99,7 +131,6 @@ def normalized(raw: dict[str, Any], where: str) -> tuple[dict[str, Any], list[st
                 "would we, but a model that was trained with it would compute something else: take it out if it "
                 "means nothing"
             )
-    return raw, notes
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -60,7 +60,7 @@ class SideFiles:
 
     def _write_template(self, folder: Path) -> None:
         source = self.files.get(CONFIG_NAME)
-        settings = {} if source is None else read_json(source)
+        settings = {} if source is None else _settings(source)
         inside = settings.pop("chat_template", None)
         jinja = self.files.get(JINJA_NAME)
         if isinstance(self.template, str) and not (jinja is None and _as_template(inside) == self.template):
@@ -73,6 +73,14 @@ class SideFiles:
         elif isinstance(self.template, dict) and _as_template(inside) != self.template:
             listed = [{"name": name, "template": text} for name, text in self.template.items()]
             write_json(folder / CONFIG_NAME, settings | {"chat_template": listed})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json, empty where it is none: whoever needs the tokenizer is told so when it loads."""
+    try:
+        return read_json(path)
+    except InputError:
+        return {}
 
 
 def _as_template(value: Any) -> Template | None:
@@ -98,7 +106,7 @@ def chat_template(folder: Path) -> tuple[Template | None, list[str]]:
         found["default"] = _read_text(folder / JINJA_NAME)
     for path in sorted((folder / MORE_NAME).glob("*.jinja")):
         found[path.stem] = _read_text(path)
-    settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    settings = _settings(folder / CONFIG_NAME)
     inside = _as_template(settings.get("chat_template"))
     chosen: Template | None = found["default"] if found.keys() == {"default"} else (found or None)
     if chosen is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from gptoss_quantize.checkpoint import Checkpoint
@@ -31,7 +32,10 @@ def stock_config(config: ModelConfig) -> GptOssConfig:
     """Return transformers' config object; InputError where it would compute something else than we do."""
     raw = {key: value for key, value in config.raw.items() if key not in ("quantization_config", "gptoss_quantize")}
     # a copy, since transformers completes the rope settings in place
-    theirs = GptOssConfig.from_dict(deepcopy(raw))
+    try:
+        theirs = GptOssConfig.from_dict(deepcopy(raw))
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"config.json: transformers does not take it ({error}); take it from the source") from None
     read = parse_config(theirs.to_dict(), "transformers")
     differ = [name for name in _COMPARED if getattr(read, name) != getattr(config, name)]
     ours, other = rope_frequencies(config), rope_frequencies(read)

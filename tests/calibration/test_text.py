@@ -308,7 +308,7 @@ def test_directories_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_with_a_broken_config_is_refused(tmp_path: Path, tokenizer) -> None:
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"tokenizer_config\.json: not valid JSON"):
+    with pytest.raises(InputError, match="the tokenizer does not load"):
         load_tokenizer(tmp_path)
 
 

@@ -174,6 +174,11 @@ CONFIGS = {
         {"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": "YARN"},
         {"max_positions": 128},
     ),
+    "nulls are not given": (
+        {"attention_bias": "NULL", "rms_norm_eps": "NULL", "use_cache": "NULL"},
+        {"attention_bias": True},
+    ),
+    "head_dim null": ({"head_dim": "NULL"}, {"head_dim": 32}),
     "bitsandbytes left over": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, {}),
     "mxfp4 left over": ({"quantization_config": {"quant_method": "mxfp4"}}, {}),
 }
@@ -265,7 +270,7 @@ def test_a_head_that_is_missing_is_not_invented(copy, tiny):
     for file in [*copy.glob("*.safetensors"), copy / INDEX]:
         file.unlink()
     whole(copy, tensors)
-    refused(copy, "lm_head.weight is missing")
+    refused(copy, "lm_head.weight is missing", "set tie_word_embeddings true")
 
 
 @pytest.mark.parametrize("right", [True, False])
