@@ -28,7 +28,7 @@ TOKENIZER = (
     "merges.txt",
 )
 CONFIG_NAME, JINJA_NAME, MORE_NAME = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
-_TEMPLATES = (JINJA_NAME, "chat_template.json")
+_PROCESSORS = "chat_template.json"
 # one, or several by name: "default" is rendered, others only on request ("tool_use" where tools are given)
 Template = str | dict[str, str]
 
@@ -45,7 +45,7 @@ class SideFiles:
     def write(self, folder: Path) -> None:
         """Copy all files, with the template in one place only."""
         for name, source in self.files.items():
-            if name not in _TEMPLATES:
+            if name != JINJA_NAME:
                 with writing(folder / name):
                     shutil.copyfile(source, folder / name)
         self._write_template(folder)
@@ -110,9 +110,9 @@ def chat_template(folder: Path) -> tuple[Template | None, list[str]]:
     inside = _as_template(settings.get("chat_template"))
     chosen: Template | None = found["default"] if found.keys() == {"default"} else (found or None)
     if chosen is None:
-        if inside is None and (folder / "chat_template.json").is_file():
+        if inside is None and (folder / _PROCESSORS).is_file():
             notes.append(
-                f"{folder}: chat_template.json is for processors, and transformers' tokenizers do not read it: the "
+                f"{folder}: {_PROCESSORS} is for processors, and transformers' tokenizers do not read it: the "
                 f"model has no chat template; to use it, put its text into {JINJA_NAME}"
             )
         return inside, notes
@@ -147,7 +147,8 @@ def side_files(path: Path, adapter: Path | None = None) -> SideFiles:
         if its != template:
             notes.append(f"{adapter}: the adapter's own chat template is used, not the base's")
         template = its
-        files.pop(JINJA_NAME, None)
+        for name in (JINJA_NAME, _PROCESSORS):
+            files.pop(name, None)
         if (adapter / JINJA_NAME).is_file():
             files[JINJA_NAME] = adapter / JINJA_NAME
     return SideFiles(path=path, files=files, template=template, notes=tuple(notes))

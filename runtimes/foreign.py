@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptoss_quantize.config import read_json
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.folder import open_weights, read_config
 from gptoss_quantize.kernels import int4, legacy
@@ -137,6 +138,9 @@ class Foreign(StoredSource):
         self.notes += [*notes, *self.side.notes]
         self.weights = renamed(shard_of, str(path), lambda name: _LISTED.sub(r".mlp.experts.\2.\1_proj.", name))
         self.quantization = self.config.raw.get("quantization_config")
+        if self.quantization is None and (path / "quantize_config.json").is_file():
+            # AutoGPTQ's place for it
+            self.quantization = {"quant_method": "gptq"} | read_json(path / "quantize_config.json")
         if not isinstance(self.quantization, dict):
             raise InputError(f"{path / 'config.json'}: no quantization_config; {_KNOWN}")
         bits = self.quantization.get("bits", 4)

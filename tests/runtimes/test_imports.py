@@ -305,3 +305,14 @@ def test_import_reads_the_files_of_the_index_only(int4_path, tmp_path):
     source = Foreign(path, "halves")
     assert torch.equal(source.read("lm_head.weight"), tensors["lm_head.weight"])
     assert any("not read" in note for note in source.notes)
+
+
+def test_the_description_may_lie_in_a_file_of_its_own(int4_path, tmp_path):
+    path = write_foreign(int4_path(), tmp_path / "theirs", "gptqmodel", "halves")
+    raw = json.loads((path / "config.json").read_text())
+    (path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": False}))
+    del raw["quantization_config"]
+    (path / "config.json").write_text(json.dumps(raw))
+    source = Foreign(path, "halves")
+    assert (source.layout, source.version) == ("gptq", 1)
+    assert torch.equal(source.expert(1, 2).down, Checkpoint(int4_path()).expert(1, 2).down)
