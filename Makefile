@@ -15,10 +15,10 @@ export PYTHONSAFEPATH := 1
 # idle OpenMP threads must not spin while another thread works
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench faults aot wheel venv clean
+.PHONY: demo test lint bench faults aot docs-api wheel venv clean
 
 demo: $(STAMP)  ## make a real model, quantize it by every method, print the comparison (into OUT=demo-out)
-	$(BIN)/gptoss-quantize demo $(OUT) $(ARGS)
+	$(BIN)/gptoss-quantize demo $(OUT) --overwrite $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS are pytest's)
 	$(BIN)/pytest $(ARGS)
@@ -36,6 +36,9 @@ bench: $(STAMP)  ## time, memory and KL divergence of each option on the demo mo
 
 faults: $(STAMP)  ## kill a quantization 20 times at random moments, resume it, compare bit by bit
 	$(BIN)/python scripts/faults.py faults-out $(ARGS)
+
+docs-api: $(STAMP)  ## write docs/api.md from the docstrings
+	$(BIN)/python scripts/make_api_docs.py $(ARGS)
 
 aot: $(STAMP)  ## compile the Triton kernels for seven GPU architectures, without a GPU: registers, spills, shared memory
 	$(BIN)/python benchmarks/aot.py $(ARGS)

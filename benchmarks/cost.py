@@ -19,10 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
-from gptoss_quantize.api import evaluate_models
-from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize import api
 
 ROWS: dict[str, list[str]] = {
     "rtn": ["--method", "rtn"],
@@ -112,10 +109,8 @@ def main() -> None:
             "bits": report["expert_bits_per_weight"],
             "mib": report["bytes"] >> 20,
         }
-    text = TextSpec(source="heldout", tokens=args.eval_tokens, seq_len=512, shuffle=False)
-    with Progress(disable=True) as bar:
-        results = evaluate_models(str(model), paths, text=text, bar=bar)
-    for name, result in results["results"].items():
+    results = api.evaluate(paths, model, tokens=args.eval_tokens).report["results"]
+    for name, result in results.items():
         record["rows"][name]["result"] = result
     (args.out / "cost.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(record))

@@ -16,25 +16,22 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 
-from gptoss_quantize.api import quantize_model
-from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize import api
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.divergence import evaluate
-from gptoss_quantize.quantize.job import Job
-from gptoss_quantize.quantize.recipes import RECIPES, Recipe, override
 from gptoss_quantize.source import Expert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from blocks import load_ids, rewrite
 
-WAYS: dict[str, Recipe] = {
-    "RTN, floor rule (OCP)": RECIPES["rtn"],
-    "RTN, ceil rule": override(RECIPES["rtn"], ["scale=ceil"]),
-    "scales searched, no feedback": override(RECIPES["gptq"], ["gptq=false", "sweeps=0", "asymmetric=0"]),
-    "GPTQ (ours)": RECIPES["gptq"],
+# method, and fields of its recipe that differ
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "RTN, floor rule (OCP)": ("rtn", []),
+    "RTN, ceil rule": ("rtn", ["scale=ceil"]),
+    "scales searched, no feedback": ("gptq", ["gptq=false", "sweeps=0", "asymmetric=0"]),
+    "GPTQ (ours)": ("gptq", []),
 }
 
 
@@ -46,13 +43,10 @@ def low_rank(shape: torch.Size, rank: int, generator: torch.Generator) -> torch.
     return delta / delta.norm()
 
 
-def quantize(model: Path, dest: Path, recipe: Recipe, tokens: int) -> None:
+def quantize(model: Path, dest: Path, way: tuple[str, list[str]], tokens: int) -> None:
     """Quantize to MXFP4 unless it is there already."""
-    if dest.exists():
-        return
-    job = Job(dest=dest, method="gptq" if recipe.calibrated else "rtn", recipe=recipe, format="mxfp4", group_size=32)
-    with Progress(disable=True) as bar:
-        quantize_model(str(model), TextSpec(tokens=tokens, seq_len=512), job, bar=bar)
+    if not dest.exists():
+        api.quantize(model, dest, way[0], "mxfp4", recipe=way[1], tokens=tokens)
 
 
 def main() -> None:
@@ -69,7 +63,7 @@ def main() -> None:
     base = args.out / "base"
     kind = f"{args.rank}-{args.strength}"
     tuned = args.out / f"tuned-{kind}"
-    quantize(args.model, base, RECIPES["rtn"], args.tokens)
+    quantize(args.model, base, ("rtn", []), args.tokens)
     if not tuned.exists():
         generator = torch.Generator().manual_seed(0)
 
@@ -82,9 +76,9 @@ def main() -> None:
 
         rewrite(Checkpoint(base), tuned, expert=tune)
     candidates = {"the release itself": base}
-    for number, (name, recipe) in enumerate(WAYS.items()):
+    for number, (name, way) in enumerate(WAYS.items()):
         candidates[name] = args.out / f"mxfp4-{kind}-{args.tokens}-{number}"
-        quantize(tuned, candidates[name], recipe, args.tokens)
+        quantize(tuned, candidates[name], way, args.tokens)
     _, ids = load_ids(args.model, args.tokens, args.eval_tokens)
     opened = [Checkpoint(path) for path in candidates.values()]
     to_tuned = evaluate(Checkpoint(tuned), opened, ids, torch.float32)

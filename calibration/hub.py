@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from gptoss_quantize.calibration.sources import SUFFIXES, Row, columns, first_line, shuffled
+from gptoss_quantize.calibration.source_rows import SUFFIXES, Row, columns, first_line, shuffled
 from gptoss_quantize.errors import InputError
 
 BUFFER, AT_ONCE = 1024, 4

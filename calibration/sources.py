@@ -22,7 +22,7 @@ import json
 import tempfile
 import zlib
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -33,11 +33,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gptoss_quantize.calibration.source_rows import (
+    LINE_SUFFIXES,
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    Row,
+    columns,
+    first_line,
+    shuffled,
+)
 from gptoss_quantize.errors import InputError
 
-TEXT_SUFFIXES = (".txt", ".md")
-LINE_SUFFIXES = (".jsonl", ".ndjson")
-SUFFIXES = (*(s + end for s in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json") for end in ("", ".gz")), ".parquet")
 PACKAGED = {
     "default": ("gptoss_quantize.calibration", "calibration.jsonl.gz", "default calibration text"),
     "heldout": ("gptoss_quantize.eval", "heldout.jsonl.gz", "default held-out text"),
@@ -47,23 +53,6 @@ UNPACKED_IN_MEMORY = 64 << 20
 # what holds the rows of a .json file that is an object: `datasets` and most tools, the Hub's viewer, LMFlow
 ROWS_UNDER = ("data", "rows", "examples", "instances", "train")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What one place of a source holds, and where that is.
-
-    value: the fields by name; for a line of JSON whatever it holds; for a text file {"text": ...}.
-    continued: the next piece of the document before (text files in their order).
-    error: why there is no value; the row is to be skipped and counted.
-    whole: never to be cut: a passage of a text file, or a document of the packaged texts.
-    """
-
-    value: Any
-    where: str
-    continued: bool = False
-    error: str | None = None
-    whole: bool = False
 
 
 def default_calibration_path() -> Path:
@@ -128,20 +117,6 @@ def is_plain_text(source: str) -> bool:
     return source not in PACKAGED and not source.startswith("hf:") and kind.endswith(TEXT_SUFFIXES)
 
 
-def columns(names: Iterable[str], wanted: Collection[str], column: str | None, where: str) -> list[str]:
-    """Return the columns of a table to read; InputError where it lacks the named one, or all that are known."""
-    names = list(names)
-    if column is not None and column not in names:
-        raise InputError(f"{where}: no column {column!r}, only {names}; name the one that holds the text (--column)")
-    found = [name for name in names if name in wanted]
-    if not found:
-        raise InputError(
-            f"{where}: no column 'messages' or 'text', nor another that is known, only {names}; "
-            "name the one that holds the text or the messages (--column)"
-        )
-    return found
-
-
 def _unknown_kind(name: str) -> str:
     known = ", ".join(SUFFIXES)
     expected = f"expected a file in {known}, hf:NAME[:CONFIG][@SPLIT] for a `datasets` name, or the word default"
@@ -154,14 +129,6 @@ def _unknown_kind(name: str) -> str:
             f"not a kind of text that is known here; put it into a folder of its own, hf:FOLDER reads it; {expected}"
         )
     return f"not a kind of text that is known here; {expected}"
-
-
-def shuffled(count: int, seed: int | None, *key: int) -> Iterable[int]:
-    """Return 0..count-1, in order without a seed, else in the order that the seed (and key) stand for."""
-    if seed is None:
-        return range(count)
-    keys = np.random.PCG64([seed, *key]).random_raw(count)
-    return (int(i) for i in np.argsort(keys, kind="stable"))
 
 
 @contextmanager
@@ -379,8 +346,3 @@ def _from_parquet(path: Path, wanted: Collection[str], column: str | None, seed:
         raise InputError(
             f"{path}: not a readable parquet file ({first_line(error)}); write or fetch it again"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -96,5 +96,6 @@ def card(record: dict[str, Any]) -> str:
         lines += ["## Use", "", USE.format(name=name)]
     lines += ["## Results", "", *[f"* {c['name']}: {c['verdict']['sentence']}" for c in record["candidates"]]]
     lines += [*_tokens(record), *_tasks(record), ""]
-    lines += ["## To repeat it", "", "```sh", record["command"], "```", ""]
+    if record["command"]:
+        lines += ["## To repeat it", "", "```sh", record["command"], "```", ""]
     return "\n".join(lines)

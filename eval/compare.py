@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gptoss_quantize import __version__
+from gptoss_quantize.calibration.sanity import suspicion
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
@@ -36,7 +37,6 @@ from gptoss_quantize.eval.trees import lay_out, predicting_states
 from gptoss_quantize.eval.verdict import fell, furthest, judge, measured, sentence
 from gptoss_quantize.files import write_json
 from gptoss_quantize.machine import peak_rss_mib
-from gptoss_quantize.sanity import suspicion
 
 SCHEMA = 1
 # start(what, steps) tells that work begins and returns the function to call after each step

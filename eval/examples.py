@@ -1,4 +1,4 @@
-"""Example answers of a loaded checkpoint, greedy, and how fast they came."""
+"""A checkpoint loaded whole, asked, and its greedy answers: of `generate`, and the examples of a comparison."""
 
 import time
 from typing import Any
@@ -39,24 +39,38 @@ def too_large(checkpoint: Checkpoint) -> str | None:
     return f"needs {needed / 2**30:.1f} GiB whole, {free / 2**30:.1f} GiB are free"
 
 
+def ask(prompt: str, tokenizer: PreTrainedTokenizerBase, where: str, *, raw: bool) -> Any:
+    """Return the inputs of a prompt, [1, S] each: a user's turn in the chat template, or plain text when `raw`.
+
+    The template sees the fixed date of `calibration.text`, so the same prompt is the same tokens every day.
+    """
+    if raw:
+        return tokenizer(prompt, return_tensors="pt")
+    text = render_chat([{"role": "user", "content": prompt}], tokenizer, where, answer_next=True)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)
+
+
 @torch.inference_mode()
+def continuation(model: Any, inputs: Any, new_tokens: int) -> torch.Tensor:
+    """Return the ids [N] that a model adds greedily."""
+    ids: torch.Tensor = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    return ids[0, inputs["input_ids"].shape[1] :]
+
+
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
 ) -> list[dict[str, Any]]:
     """Return {"prompt", "answer", "tokens", "seconds"} per prompt, in the chat template where there is one."""
     out = []
     for prompt in prompts:
-        text = prompt
-        if tokenizer.chat_template is not None:
-            text = render_chat([{"role": "user", "content": prompt}], tokenizer, "an example", answer_next=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=tokenizer.chat_template is None)
+        inputs = ask(prompt, tokenizer, "an example", raw=tokenizer.chat_template is None)
         started = time.perf_counter()
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=new_tokens,
-            do_sample=False,
-        )[0, inputs["input_ids"].shape[1] :]
+        ids = continuation(model, inputs, new_tokens)
         out.append(
             {
                 "prompt": prompt,

@@ -97,7 +97,7 @@ def newcombe(counts: Cells, confidence: float = 0.95) -> tuple[float, float]:
     ours, theirs = (a + b) / n, (a + c) / n
     (low1, high1), (low2, high2) = wilson(a + b, n, confidence), wilson(a + c, n, confidence)
     margins = (a + b) * (c + d) * (a + c) * (b + d)
-    product = a * d - b * c
+    product: float = a * d - b * c
     # for few items, a positive correlation is taken for less than it seems
     product = max(product - n / 2, 0) if product > 0 else product
     phi = product / sqrt(margins) if margins else 0.0

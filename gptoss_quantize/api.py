@@ -1,291 +1,167 @@
-"""What the commands do, without the command line: open, run, measure. Also the public Python interface.
+"""The public Python interface: plain values in, reports out. `import gptoss_quantize as gq` has all of it.
 
-Every function takes plain values and a rich progress bar, and raises InputError for what it refuses.
+    import gptoss_quantize as gq
+
+    made = gq.quantize("openai/gpt-oss-20b", "gpt-oss-20b-int4", tokens=65536, progress=True)
+    found = gq.evaluate("gpt-oss-20b-int4", "openai/gpt-oss-20b")
+    print(made.bits_per_weight, found["gpt-oss-20b-int4"].kl_mean)
+
+A model is a directory or a hub name. What is refused raises `InputError`, a `ValueError` whose message says what,
+where, and the remedy; it names options as the command line spells them. `progress` is a function of (phase, done,
+total), True for a bar in a terminal or a notebook, or None. `dtype`, that of matrix products, is auto (what the
+machine multiplies fastest), float32 or bfloat16.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.markup import escape
-from rich.progress import Progress
-
-from gptoss_quantize.adapter import Adapter
-from gptoss_quantize.architectures import SIZES, gptoss_config
-from gptoss_quantize.calibration.text import TextSpec, Tokens, load_following, load_tokenizer, load_tokens
-from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.config import parse_config
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.eval import compare as comparison
-from gptoss_quantize.eval.divergence import check_pair, evaluate
-from gptoss_quantize.eval.identity import pair_warnings
-from gptoss_quantize.eval.report import need_matplotlib, write_report
-from gptoss_quantize.eval.tasks import export
-from gptoss_quantize.eval.whole import whole_model
-from gptoss_quantize.hub import resolve
-from gptoss_quantize.machine import compute_dtype, pick_device, release_memory
-from gptoss_quantize.quantize.awq import FOLDED
-from gptoss_quantize.quantize.budget import memory_plan
-from gptoss_quantize.quantize.estimate import estimate
+from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size, tell_notes
+from gptoss_quantize.api_measure import compare, evaluate, generate
+from gptoss_quantize.api_runtimes import export, import_checkpoint, plan, verify
+from gptoss_quantize.calibration.sanity import first_look
+from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
+from gptoss_quantize.layouts import pick_layout
+from gptoss_quantize.loading import load, register
+from gptoss_quantize.machine import pick_device, release_memory
 from gptoss_quantize.quantize.job import Job
-from gptoss_quantize.quantize.polish import FINAL, NORMS, text_needed
+from gptoss_quantize.quantize.polish import text_needed
 from gptoss_quantize.quantize.ranks import joined
-from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.recipes import RECIPES, override
 from gptoss_quantize.quantize.run import quantize_checkpoint
-from gptoss_quantize.runtimes.check_file import check_file
-from gptoss_quantize.runtimes.readback import changed_outside_experts, summary
-from gptoss_quantize.runtimes.verify import Job as VerifyJob
-from gptoss_quantize.runtimes.verify import spread, verify
-from gptoss_quantize.sanity import look, suspicion
-from gptoss_quantize.shards import DTYPES as SAFETENSORS_DTYPES
-from gptoss_quantize.sizes import PlanRequest, disk, fits, serve_command, shard_tensors, sparsity
-from gptoss_quantize.terminal import console
+from gptoss_quantize.results import Quantized
+from gptoss_quantize.runtimes.written import check_written
+from gptoss_quantize.terminal import showing, tell
 
-DTYPES: dict[str, torch.dtype | None] = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def open_checkpoint(model: str, adapter: Path | None = None, revision: str | None = None) -> Checkpoint:
-    """Return a checked checkpoint for a directory or hub name, with an optional LoRA adapter."""
-    checkpoint = Checkpoint(resolve(model, revision), None if adapter is None else Adapter.open(adapter))
-    say(checkpoint)
-    return checkpoint
-
-
-def say(checkpoint: Checkpoint) -> None:
-    """Show on stderr what was read otherwise than the folder says at first sight."""
-    for note in checkpoint.notes:
-        console.print(f"[yellow]note[/yellow] {escape(note)}")
+__all__ = [
+    "compare",
+    "evaluate",
+    "export",
+    "generate",
+    "import_checkpoint",
+    "load",
+    "plan",
+    "quantize",
+    "register",
+    "verify",
+]
 
 
-def quantize_model(
-    model: str,
-    text: TextSpec,
-    job: Job,
+def quantize(
+    model: Place,
+    out: Place,
+    method: str = "gptq",
+    format: str = "int4",
+    group_size: int | None = None,
     *,
-    adapter: Path | None = None,
+    dense: str = "source",
+    calibration: Place = "default",
+    tokens: int = 32768,
+    seq_len: int = 512,
+    seed: int = 0,
+    column: str | None = None,
+    chat_template: bool = True,
+    adapter: Place | None = None,
     revision: str | None = None,
-    bar: Progress,
-) -> dict[str, Any]:
-    """Quantize a model into `job.dest` and return the report that is also written there.
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | str | None = None,
+    polish: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    recipe: Mapping[str, Any] | Sequence[str] = (),
+    progress: Show = None,
+) -> Quantized:
+    """Quantize the experts of a model and write a packed checkpoint to the directory `out`.
 
-    What was written is opened once more, and everything outside the experts compared with the source.
+    Args:
+        model: a gpt-oss directory (bf16, fp16, fp32 or MXFP4 experts), or a hub name.
+        out: the directory to write; it must not exist, or be empty.
+        method: gptq, awq, awq+gptq, rtn or rtn-signed.
+        format: int4 (ours), or mxfp4 (OpenAI's own layout).
+        group_size: weights per scale of int4, 64 (also None) or 32.
+        dense: source, or int8 for attention, embedding and head in 8 bits.
+        calibration: default, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][@SPLIT].
+        tokens: calibration tokens.
+        seq_len: tokens per sequence.
+        seed: of the order of documents.
+        column: the column with the text or the messages.
+        chat_template: whether messages are rendered as chat.
+        adapter: a PEFT LoRA adapter, merged while reading.
+        revision: of a hub model.
+        device: auto, cpu or cuda.
+        dtype: of matrix products.
+        memory: bytes that the process may take, or a size such as "12GiB"; 60 % of what is free without it.
+        polish: steps of end-to-end polish, on text that follows the calibration's.
+        resume: continue an interrupted run.
+        overwrite: replace `out`, or a stale unfinished run, if it is ours.
+        recipe: fields of quantize/recipes.py that differ from the method's, {"damping": 0.01} or ["damping=0.01"].
+        progress: see above.
     """
-    job = replace(job, device=pick_device(job.device))
-    source = open_checkpoint(model, adapter, revision)
-    tokens = None
+    at_least(0, polish=polish)
+    changes = [f"{name}={value}" for name, value in recipe.items()] if isinstance(recipe, Mapping) else list(recipe)
+    _, group = pick_layout(format, group_size)
+    job = Job(
+        dest=Path(out),
+        method=method,
+        recipe=override(RECIPES[known("--method", method, RECIPES)], changes),
+        format=format,
+        group_size=group,
+        dense=dense,
+        device=pick_device(device),
+        dtype=DTYPES[known("--dtype", dtype, DTYPES)],
+        memory=None if memory is None else size(memory, "--memory"),
+        polish=polish,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    text = TextSpec(
+        source=str(calibration),
+        column=column,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        chat_template=chat_template,
+    )
+    source, calibrating = open_checkpoint(model, adapter, revision), None
+    tell_notes(progress, source)
     if job.recipe.calibrated:
         tokenizer = load_tokenizer(source.side)
-        tokens = load_tokens(text, tokenizer)
-        if job.polish:
-            job = replace(job, polish_text=load_following(text, tokenizer, text_needed(job.polish, text.seq_len)))
-    job = replace(job, look=lambda: _look(source, tokens, job.dtype or compute_dtype("cpu"), bar))
-    task = bar.add_task(f"{job.method} {job.format} group {job.group_size}: layer", total=source.config.layers)
-    polish = bar.add_task("polish: step", total=job.polish, visible=job.polish > 0)
-    with joined(job.device) as ranks:
+        calibrating = load_tokens(text, tokenizer)
+        if polish:
+            job = replace(job, polish_text=load_following(text, tokenizer, text_needed(polish, seq_len)))
+    with showing(progress) as show, joined(job.device) as ranks:
+        layers, phase = source.config.layers, f"{method} {format} group {group}: layer"
+
+        def on_layer(index: int) -> None:
+            show(phase, index + 1, layers)
+
+        def on_step(step: int, kl: float) -> None:
+            show(f"polish: step (KL {kl:.4f})", step, polish)
+
+        def on_tried(index: int) -> None:
+            show("can it predict text? layer", index + 1, layers)
+
+        def on_look() -> dict[str, Any] | None:
+            found = first_look(source, calibrating, job.products, on_tried)
+            if found is not None and found["suspect"]:
+                tell(progress, f"{source.path}: {found['suspect']}", alarm=True)
+            return found
+
+        if calibrating is not None and not ranks.rank:
+            tell(progress, f"calibration text: {calibrating.line()}")
+        job = replace(job, look=on_look)
+        on_layer(-1)
         report = quantize_checkpoint(
             source,
             job,
-            tokens,
-            lambda index: bar.update(task, completed=index + 1),
-            lambda step, kl: bar.update(polish, completed=step, description=f"polish, KL {kl:.4f}: step"),
+            calibrating,
+            on_layer,
+            on_step,
             ranks,
         )
-    if ranks.rank:
-        return report
-    release_memory()
-    may_change = (FOLDED if job.recipe.awq else ()) + ((*NORMS, FINAL) if job.polish else ())
-    changed = summary(changed_outside_experts(source, Checkpoint(job.dest), may_change))
-    if changed["different"]:
-        raise RuntimeError(
-            f"{job.dest}: {changed['different']} tensors outside the experts are not the source's, first "
-            f"{', '.join(changed['first'])}; a failing disk, or a bug of ours: please report it"
-        )
-    return report
-
-
-def _look(source: Checkpoint, tokens: Tokens | None, dtype: torch.dtype, bar: Progress) -> dict[str, Any] | None:
-    """Return what the source makes of its first thousand tokens, and say loudly where that is nothing."""
-    try:
-        tokenizer = load_tokenizer(source.side)
-        ids = load_tokens(TextSpec(tokens=1024, seq_len=256), tokenizer).ids if tokens is None else tokens.ids
-    except InputError as error:
-        if tokens is not None:
-            raise
-        # a method that needs no text also needs no tokenizer
-        bar.console.print(f"[yellow]the model was not tried on text[/yellow]: {escape(str(error))}")
-        return None
-    if int(ids.max()) >= source.config.vocab:
-        return None
-    task = bar.add_task("can it predict text? layer", total=source.config.layers)
-    found = look(source, tokenizer, ids, dtype, lambda index: bar.update(task, completed=index + 1))
-    if found["suspect"]:
-        bar.console.print(f"[bold red]SUSPECT:[/bold red] {escape(f'{source.path}: ' + found['suspect'])}")
-    return found
-
-
-def evaluate_models(
-    baseline: str,
-    candidates: dict[str, Path],
-    *,
-    text: TextSpec,
-    adapter: Path | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    bar: Progress,
-) -> dict[str, Any]:
-    """Return {"text", "dtype", "seconds", "results": {name: summary}}, all candidates on the baseline's tokens."""
-    base = open_checkpoint(baseline, adapter, revision)
-    opened = {name: Checkpoint(path) for name, path in candidates.items()}
-    tokenizer = load_tokenizer(base.side)
-    tokens = load_tokens(text, tokenizer)
-    for name, candidate in opened.items():
-        if load_tokenizer(candidate.side).get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                f"{name}: its tokenizer differs from the baseline's; the same text is not the same tokens"
-            )
-    started = time.perf_counter()
-    task = bar.add_task("evaluate: layer", total=base.config.layers * (1 + len(opened)))
-    resolved = DTYPES[dtype] or compute_dtype("cpu")
-    results = evaluate(base, list(opened.values()), tokens.ids, resolved, lambda: bar.advance(task))
-    first = results[0]
-    suspect = suspicion(first["baseline_perplexity"], first["tokens"], base.config.vocab)
-    warnings = [words for name, candidate in opened.items() for words in pair_warnings(base, candidate, name)]
-    return {
-        "text": tokens.record(),
-        "dtype": str(resolved).removeprefix("torch."),
-        "seconds": round(time.perf_counter() - started, 1),
-        "suspect": suspect,
-        "warnings": warnings + ([f"baseline {base.path}: SUSPECT: {suspect}"] if suspect else []),
-        "results": dict(zip(opened, results, strict=True)),
-    }
-
-
-def compare_models(
-    baseline: str,
-    candidates: dict[str, Path],
-    settings: comparison.Settings,
-    dest: Path,
-    *,
-    adapter: Path | None = None,
-    revision: str | None = None,
-    command: str = "",
-    bar: Progress,
-) -> dict[str, Any]:
-    """Compare candidates with their baseline; write report.html, report.json, README.md and the tasks into `dest`.
-
-    Return the record of report.json. What was computed stays in `dest`/cache, for the next run.
-    """
-    need_matplotlib()
-    base = open_checkpoint(baseline, adapter, revision)
-    opened = {name: Checkpoint(path) for name, path in candidates.items()}
-    if dest.exists() and not dest.is_dir():
-        raise InputError(f"{dest}: is a file; give a directory for the report (--report)")
-    dest.mkdir(parents=True, exist_ok=True)
-
-    def start(what: str, steps: int) -> Callable[[], None]:
-        task = bar.add_task(what, total=steps)
-        return lambda: bar.advance(task)
-
-    record = comparison.compare(base, opened, settings, dest, start) | {"command": command}
-    write_report(record, dest)
-    if settings.tasks is not None:
-        export(dest / "tasks")
-    return record
-
-
-def verify_checkpoint(
-    checkpoint: Path,
-    baseline: str | None,
-    runtimes: tuple[str, ...],
-    *,
-    shape: tuple[int, int, int],
-    text: str = "heldout",
-    progress: Callable[[str], Callable[[int, int], None]],
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Return the lines of `verify` for a checkpoint; `shape` is (sequences, tokens each, positions compared in each).
-
-    `options` are fields of `runtimes.verify.Job`: work, llama_server, exact.
-    """
-    sequences, seq_len, count = shape
-    opened = Checkpoint(checkpoint)
-    tokenizer = load_tokenizer(opened.side)
-    spec = TextSpec(source=text, tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
-    ids = load_tokens(spec, tokenizer).ids
-    job = VerifyJob(
-        checkpoint=opened,
-        baseline=None if baseline is None else open_checkpoint(baseline),
-        ids=ids,
-        positions=spread(seq_len, count),
-        texts=[str(tokenizer.decode(row)) for row in ids],
-        progress=progress,
-        **options,
-    )
-    if job.baseline is not None:
-        check_pair(job.baseline, opened, ids)
-    return [row.record() for row in [*check_file(job), *verify(job, runtimes)]]
-
-
-def plan_model(wanted: PlanRequest) -> dict[str, Any]:
-    """Return what quantizing a model takes and gives, before it is run; the model may be a published shape's name."""
-    for option, value, known in (
-        ("--method", wanted.method, list(RECIPES)),
-        ("--group-size", wanted.group_size, [32, 64]),
-        ("--dense", wanted.dense, ["source", "int8"]),
-    ):
-        if value not in known:
-            raise InputError(f"{option} {value}: expected one of {', '.join(map(str, known))}")
-    source = None if wanted.model in SIZES else open_checkpoint(wanted.model)
-    config = parse_config(gptoss_config(wanted.model), wanted.model) if source is None else source.config
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    stored = set() if source is None else set(source.names())
-    if source is not None and source.dense_format == "int8":
-        wanted = replace(wanted, dense="int8")
-
-    def dense_dtype(name: str) -> str:
-        return names[source.info(name).dtype] if source is not None and name in stored else "BF16"
-
-    group_size, compute = wanted.group_size, compute_dtype("cpu")
-    record: dict[str, Any] = {
-        **asdict(wanted),
-        "source_is_mxfp4": source is None or source.expert_format == "mxfp4",
-        "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
-        "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
-        "sparsity": sparsity(wanted.model, config),
-        "serve": serve_command("OUT", config, group_size, wanted.gpu_memory, wanted.contexts[-1], dense_dtype),
-        "memory": memory_plan(config, wanted.tokens, compute),
-    }
-    if wanted.measure:
-        record["time"] = estimate(config, RECIPES[wanted.method], group_size, wanted.tokens, wanted.seq_len, compute)
-    return record
-
-
-def generate_text(model: Path, prompt: str, *, max_new_tokens: int, raw: bool, dtype: str) -> str:
-    """Return the greedy continuation of a prompt; int4 checkpoints of ours are loaded packed."""
-    tokenizer = load_tokenizer(model)
-    if raw and not prompt:
-        raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
-    if not raw and tokenizer.chat_template is None:
-        raise InputError(f"{model}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
-    checkpoint = Checkpoint(model)
-    say(checkpoint)
-    resolved = DTYPES[dtype] or compute_dtype("cpu")
-    network: Any = whole_model(checkpoint, resolved)
-    if raw:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    else:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    with torch.inference_mode():
-        out = network.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    if not ranks.rank:
+        release_memory()
+        check_written(source, job.dest, awq=job.recipe.awq, polished=polish > 0)
+    return Quantized(job.dest, report)

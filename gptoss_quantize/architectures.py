@@ -163,3 +163,13 @@ def parameter_counts(c: dict[str, Any]) -> Counts:
         total=fixed + D * c["vocab"] + c["moe_layers"] * c["experts"] * expert,
         active=fixed + c["moe_layers"] * c["top_k"] * expert,
     )
+
+
+def sparsity(name: str, config: ModelConfig) -> list[dict[str, Any]]:
+    """Return total and active parameters of the model and of the ones it is compared with, densest first."""
+    rows = [(other, parameter_counts(fields)) for other, fields in COMPARED.items()]
+    rows.append((name, gptoss_counts(config)))
+    return [
+        {"model": model, "total": c.total, "active": c.active, "share": c.share, "this": model == name}
+        for model, c in sorted(rows, key=lambda row: -row[1].share)
+    ]

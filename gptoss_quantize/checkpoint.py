@@ -24,7 +24,7 @@ from gptoss_quantize.layouts import (
     layout_of,
 )
 from gptoss_quantize.names import canonical, nearest
-from gptoss_quantize.shards import TensorInfo
+from gptoss_quantize.shards import ShardFile, TensorInfo
 from gptoss_quantize.source import Expert, StoredSource
 from gptoss_quantize.tokenizer_files import side_files
 
@@ -86,6 +86,10 @@ class Checkpoint(StoredSource):
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a stored tensor."""
         return self.weights.info(name)
+
+    def shard(self, name: str) -> ShardFile:
+        """Return the file that holds a stored tensor."""
+        return self.weights.shard(name)
 
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
@@ -159,8 +163,8 @@ class Checkpoint(StoredSource):
                 self.config, lambda name: self.info(name).shape if name in self.weights else None
             )
         except ValueError as error:
-            name = self.layout.base(0, 0, "gate_up") + "_weight_scale"
-            where = self.weights.file(name) if name in self.weights else self.path
+            first = self.layout.base(0, 0, "gate_up") + self.layout.suffixes[-1]
+            where = self.weights.file(first) if first in self.weights else self.path
             raise InputError(f"{where}: {error}; {_INCOMPLETE}") from None
 
     def _expected(self) -> Stored:

@@ -1,6 +1,5 @@
 """The commands that meet other runtimes: export, import, verify. `cli.py` adds them to the command line."""
 
-import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -10,11 +9,10 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import console, progress
+from gptoss_quantize.cli_options import TextOpt, check_json, write_numbers
+from gptoss_quantize.terminal import console
 
 
 class Target(StrEnum):
@@ -48,16 +46,6 @@ class GgufType(StrEnum):
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at DEST.")]
 
 
-def steps(bar: Progress) -> Callable[[str], Callable[[int, int], None]]:
-    """Return a function that starts a task of the progress bar and returns its update function."""
-
-    def start(words: str) -> Callable[[int, int], None]:
-        task = bar.add_task(words, total=None)
-        return lambda done, total: bar.update(task, completed=done, total=total)
-
-    return start
-
-
 def export(
     checkpoint: Annotated[str, typer.Argument(help="An int4 or MXFP4 checkpoint, or any gpt-oss directory.")],
     dest: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
@@ -74,20 +62,18 @@ def export(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Write CHECKPOINT in another runtime's format, read it back and compare, bit for bit."""
-    from gptoss_quantize.api import open_checkpoint
-    from gptoss_quantize.runtimes.exports import export_checkpoint
+    from gptoss_quantize import api
 
-    with progress() as bar:
-        report = export_checkpoint(
-            open_checkpoint(checkpoint),
-            dest,
-            to.value,
-            dtype=dtype.value,
-            dense_type=dense_type.value,
-            expert_type=expert_type.value,
-            overwrite=overwrite,
-            progress=steps(bar),
-        )
+    report = api.export(
+        checkpoint,
+        dest,
+        to.value,
+        dtype=dtype.value,
+        dense_type=dense_type.value,
+        expert_type=expert_type.value,
+        overwrite=overwrite,
+        progress=True,
+    ).report
     console.print(
         f"[bold]{escape(str(dest))}[/bold]: {report['bytes'] / 2**20:.0f} MiB, every tensor read back equal"
     )
@@ -123,25 +109,16 @@ def import_(
     split: Annotated[
         Split, typer.Option(help="gate_proj is the even rows (interleaved) or the first half (halves).")
     ] = Split.detect,
-    text: Annotated[str, typer.Option(help="heldout, a .txt/.jsonl/.parquet file, or hf:NAME.")] = "heldout",
+    text: TextOpt = "heldout",
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of text that settle the split.")] = 1024,
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Rescue another tool's int4 checkpoint: find out which rows are the gate, and write it in our layout."""
-    from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
-    from gptoss_quantize.runtimes.imports import detect_split, import_checkpoint
+    from gptoss_quantize import api
 
-    with progress() as bar:
-        start = steps(bar)
-        if split is Split.detect:
-            spec = TextSpec(source=text, tokens=tokens, seq_len=128, shuffle=False)
-            ids = load_tokens(spec, load_tokenizer(source)).ids
-            decision = detect_split(source, ids, start("likelihood under both readings: layer"))
-        else:
-            decision = {"split": split.value, "because": "--split", "metadata": None, "nll": None}
-        report = import_checkpoint(
-            source, out, decision, to=to.value, overwrite=overwrite, on_shard=start("write: shard")
-        )
+    report = api.import_checkpoint(
+        source, out, to.value, split=split.value, text=text, tokens=tokens, overwrite=overwrite, progress=True
+    ).report
     print_import(out, report)
 
 
@@ -170,7 +147,7 @@ def verify(
     runtime: Annotated[str, typer.Option(help="Comma-separated: transformers, llama.cpp, vllm.")] = (
         "transformers,llama.cpp,vllm"
     ),
-    text: Annotated[str, typer.Option(help="heldout, a .txt/.jsonl/.parquet file, or hf:NAME.")] = "heldout",
+    text: TextOpt = "heldout",
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 4,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")] = 256,
     positions: Annotated[int, typer.Option(min=1, help="Positions compared in each sequence.")] = 16,
@@ -182,30 +159,29 @@ def verify(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
 ) -> None:
     """Load CHECKPOINT in each runtime installed here and compare predictions; exit code 1 when one disagrees."""
-    from gptoss_quantize.api import verify_checkpoint
+    from gptoss_quantize import api
     from gptoss_quantize.runtimes.verify import RUNTIMES
 
     names = tuple(name.strip() for name in runtime.split(","))
     if unknown := sorted(set(names) - set(RUNTIMES)):
         raise typer.BadParameter(f"unknown {unknown}; known: {', '.join(RUNTIMES)}", param_hint="--runtime")
-    if json_out and (json_out.is_dir() or not json_out.parent.is_dir()):
-        raise InputError(f"--json {json_out}: expected a file in an existing directory; make the directory first")
-    with progress() as bar:
-        rows = verify_checkpoint(
-            checkpoint,
-            baseline,
-            names,
-            shape=(sequences, seq_len, positions),
-            text=text,
-            llama_server=llama_server,
-            exact=exact,
-            work=work,
-            progress=steps(bar),
-        )
-    if json_out:
-        json_out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    Console().print(verify_table(checkpoint, baseline, rows))
-    if any(row["verdict"] in ("DISAGREES", "FAILED") for row in rows):
+    check_json(json_out)
+    found = api.verify(
+        checkpoint,
+        baseline,
+        runtimes=names,
+        text=text,
+        sequences=sequences,
+        seq_len=seq_len,
+        positions=positions,
+        llama_server=llama_server,
+        exact=exact,
+        work=work,
+        progress=True,
+    )
+    write_numbers(json_out, found.report)
+    Console().print(verify_table(checkpoint, baseline, found.report))
+    if found.disagreeing:
         raise typer.Exit(1)
 
 

@@ -1,6 +1,5 @@
-"""Commands about sizes: a synthetic model of true shape, and the plan of a quantization before it is run."""
+"""The command `plan`: what a quantization takes and gives, before it is run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,31 +7,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import console, keep_mxfp4
-from gptoss_quantize.units import gib, parse_size
-
-
-def synthetic_model(
-    dest: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
-    like: Annotated[
-        str, typer.Option(help="gpt-oss-20b, gpt-oss-120b, or a config.json of the gpt-oss architecture.")
-    ] = "gpt-oss-20b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers to write; all without it.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
-) -> None:
-    """Make a model of true shape with random weights, to measure time and memory."""
-    from gptoss_quantize.demo.tour import make_synthetic_model
-
-    with Progress(console=console) as bar:
-        facts = make_synthetic_model(dest, like=like, layers=layers, seed=seed, bar=bar)
-    console.print(
-        f"[bold]{escape(str(dest))}[/bold] written: {facts['layers']} of {facts['of_layers']} layers of "
-        f"{escape(like)}, {facts['bytes'] / 1e9:.1f} GB in {facts['seconds']:.0f} s; random weights, it knows nothing"
-    )
+from gptoss_quantize.cli_options import write_numbers
+from gptoss_quantize.cli_words import keep_mxfp4
+from gptoss_quantize.units import gib
 
 
 def plan(
@@ -52,27 +31,22 @@ def plan(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Say what quantizing MODEL would take and give: bytes, memory of the card, time, before it is run."""
-    from gptoss_quantize.api import plan_model
-    from gptoss_quantize.sizes import CONTEXTS, PlanRequest
+    from gptoss_quantize import api
 
-    wanted = PlanRequest(
-        model=model,
-        method=method,
+    options: dict[str, Any] = {} if context is None else {"contexts": (context,)}
+    found = api.plan(
+        model,
+        method,
         group_size=group_size,
         dense=dense,
         tokens=tokens,
         seq_len=seq_len,
-        gpu_memory=parse_size(gpu_memory, "--gpu-memory"),
-        contexts=CONTEXTS if context is None else (context,),
+        gpu_memory=gpu_memory,
         measure=measure,
+        **options,
     )
-    record = plan_model(wanted)
-    if json_out:
-        try:
-            json_out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--json {json_out}: cannot be written ({error}); give a file in a directory") from None
-    print_plan(record, Console())
+    write_numbers(json_out, found.report)
+    print_plan(found.report, Console())
 
 
 def print_plan(record: dict[str, Any], console: Console) -> None:
@@ -159,4 +133,4 @@ def _card_table(record: dict[str, Any]) -> Table:
     return table
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"synthetic-model": synthetic_model, "plan": plan}
+COMMANDS: dict[str, Callable[..., Any]] = {"plan": plan}

@@ -1,77 +1,36 @@
-"""What a quantized model will take, from shapes alone: bytes on disk, bytes on the card, and whether they fit.
+"""What a quantized model takes on disk, from shapes alone, to the byte.
 
-Bytes on disk are exact: the tensors that `quantize` writes, and the header that safetensors puts before them. Bytes
-on the card add what the runtime adds, as read in its source: padding of expert matrices, whole cache blocks, and for
-windowed layers a window and a batch instead of the whole context. What a runtime needs beside that (CUDA context,
-workspaces, graphs) is an estimate, and is called one.
+Counted are the tensors that `quantize` writes, and the header that safetensors puts before them. What a runtime adds
+in the memory of a card stands in `runtimes.memory`.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gptoss_quantize.architectures import COMPARED, gptoss_counts, parameter_counts
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.layouts import DENSE, INT4, Layout, dense_shapes
 from gptoss_quantize.shards import DTYPES
-from gptoss_quantize.units import GIB
 
 # safetensors' names and bytes, in the order in which it sorts dtypes: widest alignment first
 DTYPE_BYTES = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
-CONTEXTS = (4096, 32768, 131072)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """What a plan is asked for; `measure` spends some seconds on the expected time."""
-
-    model: str
-    method: str = "gptq"
-    group_size: int = 64
-    dense: str = "source"
-    tokens: int = 32768
-    seq_len: int = 512
-    gpu_memory: int = 16 * GIB
-    contexts: tuple[int, ...] = CONTEXTS
-    measure: bool = True
-
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Stored = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Runtime:
-    """How a runtime lays a model out in memory; numbers read in its source unless said otherwise."""
+def dense_dtype_of(source: Checkpoint | None) -> Callable[[str], str]:
+    """Return a function from the name of a tensor outside the experts to its stored dtype; BF16 where it has none.
 
-    pad_rows: int  # of expert matrices
-    pad_columns: int
-    group_size: int | None  # that it stores; None: the checkpoint's
-    cache_block: int  # tokens
-    batch: int  # tokens that a windowed layer keeps beside its window
-    extra_blocks: int
-    overhead: int  # bytes, an estimate
-    utilization: float  # share of the card that it may take
-    dense: tuple[str, ...]  # forms of the other tensors that it loads
-
-
-RUNTIMES = {
-    # vLLM 0.33: humming pads rows to 256 and columns to 128; SlidingWindowSpec.max_memory_usage_bytes
-    "vLLM": Runtime(
-        pad_rows=256, pad_columns=128, group_size=None, cache_block=16, batch=2048 - 1, extra_blocks=1,
-        overhead=GIB, utilization=0.95, dense=("source",),
-    ),
-    # llama.cpp: Q4_0 has groups of 32; llama_kv_cache_iswa pads to 256 cells, one micro-batch of 512
-    "llama.cpp": Runtime(
-        pad_rows=1, pad_columns=1, group_size=32, cache_block=256, batch=512, extra_blocks=0,
-        overhead=GIB // 2, utilization=0.97, dense=("source", "int8"),
-    ),
-}  # fmt: skip
-
-
-# ---- bytes on disk
+    A matrix that a checkpoint keeps in 8 bits has none, and nothing has where there is no checkpoint.
+    """
+    if source is None:
+        return lambda name: "BF16"
+    stored = set(source.names())
+    return lambda name: _NAMES[source.info(name).dtype] if name in stored else "BF16"
 
 
 def shard_tensors(
@@ -153,163 +112,16 @@ def disk(shards: list[list[Stored]]) -> dict[str, Any]:
     return {"parts": parts | {"file headers": headers}, "files": files, "total": sum(files)}
 
 
-# ---- bytes on the card
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def expert_bytes(config: ModelConfig, group_size: int, runtime: Runtime | None = None) -> int:
-    """Return the bytes of all expert codes, scales and biases, padded as a runtime does."""
-    rows_pad, columns_pad = (runtime.pad_rows, runtime.pad_columns) if runtime else (1, 1)
+def expert_bytes(config: ModelConfig, group_size: int, pad_rows: int = 1, pad_columns: int = 1) -> int:
+    """Return the bytes of all expert codes, scales and biases, matrices padded to multiples."""
     total = 0
     for rows, columns in ((2 * config.intermediate, config.hidden), (config.hidden, config.intermediate)):
-        R, C = _up(rows, rows_pad), _up(columns, columns_pad)
+        R, C = -(-rows // pad_rows) * pad_rows, -(-columns // pad_columns) * pad_columns
         total += R * C // 2 + 2 * R * -(-C // group_size) + 2 * R
     return config.layers * config.experts * total
-
-
-def kv_bytes(config: ModelConfig, context: int, runtime: Runtime, value_bytes: int = 2) -> dict[str, int]:
-    """Return the bytes of the KV cache of one sequence, for full and for windowed layers."""
-    per_token = 2 * config.kv_heads * config.head_dim * value_bytes
-    totals = {"full": 0, "sliding": 0}
-    for i in range(config.layers):
-        window = config.window(i)
-        if window is None:
-            totals["full"] += _up(context, runtime.cache_block) * per_token
-            continue
-        tokens = _up(min(window + runtime.batch, context), runtime.cache_block)
-        totals["sliding"] += (tokens + runtime.extra_blocks * runtime.cache_block) * per_token
-    return totals
-
-
-def card(
-    config: ModelConfig, group_size: int, dense_bytes: int, context: int, runtime: Runtime, value_bytes: int = 2
-) -> dict[str, int]:
-    """Return what a runtime needs for one sequence of `context` tokens, by part; `total` is the sum."""
-    stored_group = runtime.group_size or group_size
-    plain = expert_bytes(config, stored_group)
-    cache = kv_bytes(config, context, runtime, value_bytes)
-    parts = {
-        "experts": plain,
-        "padding": expert_bytes(config, stored_group, runtime) - plain,
-        "other weights": dense_bytes,
-        "KV cache, full layers": cache["full"],
-        "KV cache, windowed layers": cache["sliding"],
-        "runtime (estimate)": runtime.overhead,
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def longest_context(config: ModelConfig, group_size: int, dense_bytes: int, room: int, runtime: Runtime) -> int:
-    """Return the longest context, in whole cache blocks, whose total stays within `room` bytes; 0 if none does."""
-    low, high = 0, _up(config.max_positions, runtime.cache_block) // runtime.cache_block
-    while low < high:
-        middle = (low + high + 1) // 2
-        need = card(config, group_size, dense_bytes, middle * runtime.cache_block, runtime)["total"]
-        low, high = (middle, high) if need <= room else (low, middle - 1)
-    return min(low * runtime.cache_block, config.max_positions)
 
 
 def dense_total(config: ModelConfig, dense: str, dense_dtype: Callable[[str], str]) -> int:
     """Return the bytes of everything outside the experts."""
     shards = shard_tensors(config, 32, dense, dense_dtype)
     return sum(tensor_bytes(t) for shard in shards for t in shard if ".mlp.experts." not in t[0])
-
-
-def fits(
-    config: ModelConfig,
-    group_size: int,
-    dense: str,
-    gpu_memory: int,
-    contexts: tuple[int, ...],
-    dense_dtype: Callable[[str], str],
-) -> list[dict[str, Any]]:
-    """Return a verdict per runtime and context: what it takes, whether it fits, and what to change if it does not.
-
-    A runtime that does not load the form of `dense` is given for the form that it does load, with loads = False.
-    """
-    rows = []
-    for name, runtime in RUNTIMES.items():
-        room = int(gpu_memory * runtime.utilization)
-        form = dense if dense in runtime.dense else "source"
-        weights = dense_total(config, form, dense_dtype)
-        for context in contexts:
-            parts = card(config, group_size, weights, context, runtime)
-            row = {"runtime": name, "context": context, "dense": form, "parts": parts, "room": room}
-            row["loads"] = dense in runtime.dense
-            row["fits"] = parts["total"] <= room
-            row["changes"] = (
-                [] if row["fits"] else _changes(config, group_size, dense_dtype, context, runtime, form, room)
-            )
-            rows.append(row)
-    return rows
-
-
-def _changes(
-    config: ModelConfig,
-    group_size: int,
-    dense_dtype: Callable[[str], str],
-    context: int,
-    runtime: Runtime,
-    dense: str,
-    room: int,
-) -> list[dict[str, Any]]:
-    """Return what could be changed, each with the total that it leads to and whether that fits."""
-    now = dense_total(config, dense, dense_dtype)
-    options: list[tuple[str, int]] = []
-    small = dense_total(config, "int8", dense_dtype)
-    if dense != "int8" and "int8" in runtime.dense:
-        options.append(("--dense int8", card(config, group_size, small, context, runtime)["total"]))
-    options.append(("8-bit KV cache", card(config, group_size, now, context, runtime, 1)["total"]))
-    if dense != "int8" and "int8" in runtime.dense:
-        both = card(config, group_size, small, context, runtime, 1)["total"]
-        options.append(("--dense int8 and 8-bit KV cache", both))
-    found = [{"change": text, "total": total, "fits": total <= room} for text, total in options]
-    longest = longest_context(config, group_size, now, room, runtime)
-    if longest:
-        found.append({"change": f"context of {longest} tokens", "total": room, "fits": True})
-    needed = card(config, group_size, now, context, runtime)["total"] / runtime.utilization
-    found.append({"change": f"a card of {needed / GIB:.1f} GiB or more", "total": int(needed), "fits": True})
-    return found
-
-
-# ---- where the model lies
-
-
-def sparsity(name: str, config: ModelConfig) -> list[dict[str, Any]]:
-    """Return total and active parameters of the model and of the ones it is compared with, densest first."""
-    rows = [(other, parameter_counts(fields)) for other, fields in COMPARED.items()]
-    rows.append((name, gptoss_counts(config)))
-    return [
-        {"model": model, "total": c.total, "active": c.active, "share": c.share, "this": model == name}
-        for model, c in sorted(rows, key=lambda row: -row[1].share)
-    ]
-
-
-def serve_command(
-    out: str,
-    config: ModelConfig,
-    group_size: int,
-    gpu_memory: int,
-    context: int,
-    dense_dtype: Callable[[str], str],
-) -> dict[str, str]:
-    """Return the vLLM command line for the written checkpoint, and why it has the options that it has."""
-    runtime = RUNTIMES["vLLM"]
-    weights = dense_total(config, "source", dense_dtype)
-    longest = longest_context(config, group_size, weights, int(gpu_memory * runtime.utilization), runtime)
-    options = f"--max-model-len {min(context, longest)} --gpu-memory-utilization {runtime.utilization}"
-    return {
-        "command": f"vllm serve {out} --moe-backend humming {options}"
-        if longest
-        else f"(no vLLM command: the weights do not fit {gpu_memory / GIB:.1f} GiB)",
-        "why": "humming is the backend that adds the experts' biases: the one chosen by default on most cards "
-        "(Triton) drops them without a word, and Marlin refuses a hidden size that is not a multiple of 128 "
-        "(read in vLLM 0.33, not run)",
-        "two_cards": "--tensor-parallel-size 2"
-        if group_size == 32
-        else "--enable-expert-parallel (halves of a row hold no whole groups of 64; --group-size 32 allows "
-        "--tensor-parallel-size 2)",
-    }

@@ -1,37 +1,102 @@
-"""What all commands share: console and progress bar, on stderr since stdout is for results, and common options."""
+"""Progress for people to look at: bars on stderr, since stdout is for results, or in the cell of a notebook."""
 
-from enum import StrEnum
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape as markup
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.progress import Progress, name_of, silent
+
+NOTEBOOK_SHELL = "ZMQInteractiveShell"
+# seconds between two updates of a notebook's cell: each travels to the browser
+NOTEBOOK_PAUSE = 0.2
 
 console = Console(stderr=True)
 
 
-def keep_mxfp4(lost: str = "") -> str:
-    """Return what is said of int4 from an MXFP4 source, with how much was `lost` where that is known."""
-    return (
-        f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
-        "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
-    )
+def tell(progress: Progress | bool | None, words: str, *, alarm: bool = False) -> None:
+    """Say something now: on the terminal where a bar is shown there, else (an alarm only) as a Python warning."""
+    if progress is True:
+        start = "[bold red]SUSPECT:[/bold red] " if alarm else ""
+        console.print(start + markup(words), soft_wrap=True, highlight=False)
+    elif alarm:
+        warnings.warn(words, stacklevel=3)
 
 
-class Dtype(StrEnum):
-    """Dtype of matrix products."""
+@contextmanager
+def showing(progress: Progress | bool | None) -> Iterator[Progress]:
+    """Yield the receiver that `progress=` stands for: itself, a bar for True, nothing for None and False."""
+    if progress is True:
+        with notebook() if in_notebook() else bars() as shown:
+            yield shown
+    elif not progress:
+        yield silent
+    elif callable(progress):
+        yield progress
+    else:
+        raise InputError(f"progress {progress!r}: expected a function of (phase, done, total), True or None")
 
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
-
-def progress(disable: bool = False) -> Progress:
-    """Return a progress bar with time spent and time left, on stderr."""
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Yield a receiver that shows a bar for every phase, with time spent and time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
-    return Progress(*columns, console=console, disable=disable)
+    tasks: dict[str, TaskID] = {}
+    with RichProgress(*columns, console=console) as shown:
+
+        def show(phase: str, done: int, total: int) -> None:
+            name = name_of(phase)
+            if name not in tasks:
+                tasks[name] = shown.add_task(phase, total=total or None)
+            shown.update(tasks[name], description=phase, completed=done, total=total or None)
+
+        yield show
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    # imported by whoever runs a notebook, never by us
+    python = sys.modules.get("IPython")
+    shell = python.get_ipython() if python is not None else None
+    return type(shell).__name__ == NOTEBOOK_SHELL
+
+
+@contextmanager
+def notebook() -> Iterator[Progress]:
+    """Yield a receiver that shows a bar for every phase in the cell that runs; needs no widgets."""
+    ipython: Any = sys.modules["IPython"].display
+    cell = ipython.display(ipython.HTML(""), display_id=True)
+    started = time.monotonic()
+    rows: dict[str, str] = {}
+    last = 0.0
+
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        value = f'value="{done}" max="{total}"' if total else ""
+        count = f"{done}/{total}" if total else str(done)
+        rows[name_of(phase)] = f"<progress {value}></progress> {escape(phase)} {count}, {now - started:.0f} s"
+        if now - last >= NOTEBOOK_PAUSE or done == total:
+            last = now
+            cell.update(ipython.HTML("<br>".join(rows.values())))
+
+    try:
+        yield show
+    finally:
+        cell.update(ipython.HTML("<br>".join(rows.values())))

@@ -289,7 +289,7 @@ def _check(
         )
     inner = rows // 2
     names = ("w13_packed", "w13_scale", "w13_bias", "w2_packed", "w2_scale", "w2_bias")
-    shapes = ((rows, hidden // 8), (rows, hidden // group), (rows,))
+    shapes: tuple[tuple[int, ...], ...] = ((rows, hidden // 8), (rows, hidden // group), (rows,))
     shapes += ((hidden, inner // 8), (hidden, inner // group), (hidden,))
     for name, tensor, shape in zip(names, weights, shapes, strict=True):
         if tensor.shape != (experts, *shape) or not tensor.is_contiguous() or tensor.device != x_TD.device:

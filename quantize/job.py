@@ -50,7 +50,7 @@ class Job:
     polish_text: Tokens | None = None  # what it works on: text that calibration does not see
     resume: bool = False
     overwrite: bool = False
-    # what the source makes of a little text (gptoss_quantize.sanity), asked once, before the first layer
+    # what the source makes of a little text (gptoss_quantize.calibration.sanity), asked once, before the first layer
     look: Callable[[], dict[str, Any] | None] | None = None
 
     @property

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from gptoss_quantize.calibration.sanity import suspicion
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.experts import compare_experts
 from gptoss_quantize.eval.identity import adapter_difference, config_differences
 from gptoss_quantize.eval.trees import Tree, lay_out
 from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, SUSPECT
 from gptoss_quantize.runtimes.verify import Job, Row, predictions
-from gptoss_quantize.sanity import suspicion
 
 OURS = "the file"
 # |error|^2 / |output|^2 of a layer and of one expert; right 4-bit experts stay below a fifth of it (docs/verdicts.md)

@@ -92,7 +92,8 @@ def _is_plain(checkpoint: Checkpoint) -> bool:
 
 def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with linked(checkpoint) as folder:
-        model, info = GptOssForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = GptOssForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     missing = set(info["missing_keys"]) - ({"lm_head.weight"} if checkpoint.config.tied else set())
     if missing or info["mismatched_keys"]:
         raise InputError(

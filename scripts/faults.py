@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
-from gptoss_quantize.api import quantize_model
-from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize import api
 from gptoss_quantize.demo.synthetic import build_synthetic_model
 from gptoss_quantize.demo.tour import sample_text
-from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 
 SHAPE = {
@@ -75,10 +72,7 @@ def wait(pid: int) -> None:
 
 def quantize(args: argparse.Namespace, model: Path, dest: Path, resume: bool) -> None:
     """Do one run of the command that is tested."""
-    text = TextSpec(tokens=args.tokens, seq_len=128)
-    job = Job(dest=dest, method=args.method, recipe=RECIPES[args.method], device="cpu", resume=resume)
-    with Progress(disable=True) as bar:
-        quantize_model(str(model), text, job, bar=bar)
+    api.quantize(model, dest, args.method, tokens=args.tokens, seq_len=128, device="cpu", resume=resume)
 
 
 def killed(pid: int, seconds: float) -> bool:

@@ -65,7 +65,7 @@ def test_it_is_a_checkpoint_that_runs(made):
     checkpoint = Checkpoint(path)
     assert checkpoint.expert_format == "mxfp4"
     assert (checkpoint.config.hidden, checkpoint.config.layers) == (192, 3)
-    files = sum(info.nbytes for name in checkpoint._shard_of if (info := checkpoint.info(name)))
+    files = sum(info.nbytes for name in checkpoint.names() if (info := checkpoint.info(name)))
     assert facts["bytes"] == files
     tokenizer = load_tokenizer(path)
     ids = torch.tensor([tokenizer("The sea was calm. " * 6)["input_ids"][:24]])

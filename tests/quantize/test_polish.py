@@ -34,7 +34,7 @@ from gptoss_quantize.units import GIB
 def student_of(path) -> Student:
     """Return a student that reads a finished checkpoint."""
     checkpoint = Checkpoint(path)
-    names = list(checkpoint._shard_of)
+    names = checkpoint.names()
 
     def layer(index):
         prefix = f"model.layers.{index}."

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from gptoss_quantize.api import quantize_model
-from gptoss_quantize.calibration.text import TextSpec
+from gptoss_quantize import api
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
@@ -82,9 +80,7 @@ def test_an_expert_is_read_alone(tiny):
 
 
 def quantize(path: Path, out: Path, method: str = "rtn") -> None:
-    job = Job(dest=out, method=method, recipe=RECIPES[method], device="cpu")
-    spec = TextSpec(tokens=64, seq_len=32)
-    quantize_model(str(path), spec, job, bar=Progress(disable=True))
+    api.quantize(path, out, method, tokens=64, seq_len=32, device="cpu")
 
 
 def edit_shard(path: Path, change, containing: str) -> None:

@@ -1,16 +1,16 @@
 """The command `compare`: what its profiles stand for, names of candidates, what it prints and writes."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from gptoss_quantize import api, cli
-from gptoss_quantize.cli_compare import Profile, _candidates, _profile
+from gptoss_quantize import cli
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import report as page
-from gptoss_quantize.eval.compare import Settings
+from gptoss_quantize.eval.profiles import Wanted, name_candidates
 
 
 @pytest.fixture
@@ -33,62 +33,55 @@ def command(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def asked(monkeypatch) -> list[tuple]:
-    """What the command hands on, instead of doing it."""
-    calls: list[tuple] = []
-
-    def instead(baseline, candidates, settings, dest, **options):
-        calls.append((baseline, candidates, settings, dest, options))
-        return {"candidates": [], "seconds": 0.0}
-
-    monkeypatch.setattr(api, "compare_models", instead)
-    return calls
+def settings(**options):
+    return Wanted(**{"texts": ["heldout"], "tasks": ["offline"]} | options).settings()
 
 
-def settings_of(command, asked, *words: object) -> Settings:
-    code, _ = command("compare", "a/int4", "--baseline", "base", "--report", "out", *words)
-    assert code == 0
-    return asked.pop()[2]
-
-
-def test_profiles_stand_for_amounts(command, asked):
-    full = settings_of(command, asked)
+def test_profiles_stand_for_amounts():
+    full = settings()
     assert full.tasks.limit is None and len(full.tasks.names) == 9 and full.texts[0].tokens == 8192
-    quick = settings_of(command, asked, "--profile", "quick")
+    quick = settings(profile="quick")
     # 9 tasks, at least 300 items
     assert quick.tasks.limit == 34 and quick.texts[0].tokens == 2048 and len(quick.prompts) == 1
     assert full.margin == 0.02 and full.texts[0].source == "heldout" and not full.texts[0].shuffle
-
-
-def test_options_win_over_the_profile(command, asked):
-    words = ["--profile", "quick", "--limit", 5, "--text", "a.jsonl", "--text", "b.txt", "--text-tokens", 1024,
-             "--tasks", "gptoss_kinds,hellaswag", "--num-fewshot", 2, "--apply-chat-template", "--margin", 1,
-             "--examples", 0, "--expert-tokens", 0]  # fmt: skip
-    got = settings_of(command, asked, *words)
-    assert got.tasks.names == ("gptoss_kinds", "hellaswag") and got.tasks.limit == 5
-    assert got.tasks.num_fewshot == 2 and got.tasks.apply_chat_template
-    assert [spec.source for spec in got.texts] == ["a.jsonl", "b.txt"] and got.texts[0].tokens == 1024
-    assert got.margin == 0.01 and got.prompts == () and got.expert_tokens == 0
-    assert settings_of(command, asked, "--tasks", "none").tasks is None
-
-
-def test_the_command_line_is_kept(command, asked):
-    command("compare", "a/int4", "--baseline", "my model", "--report", "out")
-    assert asked[0][4]["command"] == "gptoss-quantize compare a/int4 --baseline 'my model' --report out"
+    with pytest.raises(InputError, match="unknown profile 'slow'; known: quick, full"):
+        settings(profile="slow")
 
 
 def test_items_per_task_cover_the_profile():
-    assert _profile(Profile.quick, 7, None)[0] * 7 >= 300
-    assert _profile(Profile.quick, 7, 3)[0] == 3
-    assert _profile(Profile.full, 7, None)[0] is None
+    seven = [f"t{i}" for i in range(7)]
+    assert settings(profile="quick", tasks=seven).tasks.limit * 7 >= 300
+    assert settings(profile="quick", tasks=seven, limit=3).tasks.limit == 3
+    assert settings(tasks=seven).tasks.limit is None
+    assert settings(tasks=[]).tasks is None
+
+
+def test_options_win_over_the_profile(command, tiny, tmp_path):
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in texts:
+        path.write_text(tiny.text * 20 + path.name)
+    words = ["--profile", "quick", "--limit", 2, "--text", texts[0], "--text", texts[1], "--text-tokens", 96,
+             "--seq-len", 48, "--tasks", "gptoss_kinds,gptoss_copying", "--num-fewshot", 1, "--apply-chat-template",
+             "--margin", 1, "--examples", 0, "--expert-tokens", 0, "--dtype", "bfloat16"]  # fmt: skip
+    base = ["compare", tiny.path("mxfp4"), "--baseline", tiny.path("bf16"), "--report", tmp_path / "my report"]
+    code, err = command(*base, *words)
+    assert code == 0, err
+    record = json.loads((tmp_path / "my report" / "report.json").read_text())
+    got = record["settings"]
+    assert got["tasks"] == {"names": ["gptoss_kinds", "gptoss_copying"], "limit": 2, "num_fewshot": 1,
+                            "apply_chat_template": True}  # fmt: skip
+    assert [text["source"] for text in got["texts"]] == list(map(str, texts))
+    assert {text["tokens"] for text in got["texts"]} == {96}
+    assert (got["margin"], got["prompts"], got["expert_tokens"], got["dtype"]) == (0.01, [], 0, "bfloat16")
+    assert record["command"] == shlex.join(["gptoss-quantize", *map(str, [*base, *words])])
+    assert f"'{tmp_path}/my report'" in record["command"]
 
 
 def test_candidates_are_named_by_their_directory():
     paths = [Path("a/int4"), Path("b/int4"), Path("c/awq"), Path("d/baseline")]
-    assert list(_candidates(paths)) == ["a/int4", "b/int4", "awq", "d/baseline"]
+    assert list(name_candidates(paths)) == ["a/int4", "b/int4", "awq", "d/baseline"]
     with pytest.raises(InputError, match="named twice"):
-        _candidates([Path("a/int4"), Path("a/../a/int4")])
+        name_candidates([Path("a/int4"), Path("a/../a/int4")])
 
 
 def test_a_report_is_written_and_the_verdict_printed(command, tiny, tmp_path):

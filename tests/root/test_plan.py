@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from gptoss_quantize.api import plan_model
-from gptoss_quantize.architectures import COMPARED, gptoss_config, gptoss_counts, parameter_counts
+from gptoss_quantize import api
+from gptoss_quantize.architectures import COMPARED, gptoss_config, gptoss_counts, parameter_counts, sparsity
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.cli_sizes import print_plan
 from gptoss_quantize.config import parse_config
@@ -16,23 +16,10 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
+from gptoss_quantize.runtimes.memory import RUNTIMES, card, fits, kv_bytes, longest_context, serve_command
+from gptoss_quantize.runtimes.plan import CONTEXTS
 from gptoss_quantize.shards import DTYPES
-from gptoss_quantize.sizes import (
-    CONTEXTS,
-    RUNTIMES,
-    PlanRequest,
-    card,
-    dense_total,
-    disk,
-    expert_bytes,
-    fits,
-    header_bytes,
-    kv_bytes,
-    longest_context,
-    serve_command,
-    shard_tensors,
-    sparsity,
-)
+from gptoss_quantize.sizes import dense_total, disk, expert_bytes, header_bytes, shard_tensors
 from gptoss_quantize.units import GIB, parse_size
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -85,7 +72,8 @@ def test_the_released_models(small):
 def test_experts_as_a_runtime_pads_them(small):
     # 5760 -> 5888 rows of 2880 -> 2944 columns, 2880 -> 3072 rows of 2944, codes in half bytes, scales in two
     padded = (5888 + 3072) * (2944 // 2 + 2944 // 64 * 2) + 2 * (5888 + 3072)
-    assert expert_bytes(small, 64, RUNTIMES["vLLM"]) == 24 * 32 * padded
+    vllm = RUNTIMES["vLLM"]
+    assert expert_bytes(small, 64, vllm.pad_rows, vllm.pad_columns) == 24 * 32 * padded
     plain = disk(shard_tensors(small, 64, "source", bf16))["parts"]
     assert expert_bytes(small, 64) == sum(plain[f"expert {part}"] for part in ("codes", "scales", "biases"))
 
@@ -169,7 +157,7 @@ def test_order_of_the_curve(small):
 
 
 def test_plan_of_a_directory_and_of_a_name(tiny, capsys):
-    record = plan_model(PlanRequest(model=str(tiny.path("mxfp4")), tokens=768, seq_len=48, gpu_memory=GIB))
+    record = api.plan(tiny.path("mxfp4"), tokens=768, seq_len=48, gpu_memory=GIB).report
     assert record["time"]["seconds"] > 0
     phases = record["time"]["phases"]
     assert phases.keys() >= {"attention", "forward", "moments", "solve"}
@@ -182,14 +170,13 @@ def test_plan_of_a_directory_and_of_a_name(tiny, capsys):
     assert "@" not in printed
     assert record["memory"]["peak"] >= record["memory"]["least"] > 0
     json.dumps(record)
-    record = plan_model(PlanRequest(model="gpt-oss-120b", gpu_memory=80 * GIB, measure=False))
+    record = api.plan("gpt-oss-120b", gpu_memory="80GiB", measure=False).report
     assert "time" not in record
     assert [row["fits"] for row in record["card"]] == [True] * 6
 
 
 def test_plan_without_calibration(tiny):
-    wanted = PlanRequest(model=str(tiny.path("bf16")), method="rtn", group_size=32, dense="int8", contexts=(100,))
-    record = plan_model(wanted)
+    record = api.plan(tiny.path("bf16"), "rtn", group_size=32, dense="int8", contexts=[100]).report
     assert record["time"]["phases"].keys() == {"read", "solve"}
     assert {row["context"] for row in record["card"]} == {100}
 
@@ -197,7 +184,7 @@ def test_plan_without_calibration(tiny):
 @pytest.mark.parametrize("change", [{"method": "hqq"}, {"group_size": 128}, {"dense": "int4"}], ids=str)
 def test_plan_refuses(change):
     with pytest.raises(InputError, match="expected one of"):
-        plan_model(PlanRequest(model="gpt-oss-20b", **change))
+        api.plan("gpt-oss-20b", **change)
 
 
 def test_sizes():
@@ -213,7 +200,7 @@ def test_sizes():
 def test_a_plan_says_what_the_release_loses_and_reads_an_int8_checkpoint(tiny, tmp_path, capsys):
     printed = []
     for kind in ("mxfp4", "bf16"):
-        record = plan_model(PlanRequest(model=str(tiny.path(kind)), measure=False, gpu_memory=GIB))
+        record = api.plan(tiny.path(kind), measure=False, gpu_memory=GIB).report
         assert record["source_is_mxfp4"] == (kind == "mxfp4")
         print_plan(record, Console(width=300))
         printed.append(capsys.readouterr().out)
@@ -222,6 +209,5 @@ def test_a_plan_says_what_the_release_loses_and_reads_an_int8_checkpoint(tiny, t
     assert all("KV full" in text and "KV window" in text for text in printed)
     job = Job(dest=tmp_path / "out", method="rtn", recipe=RECIPES["rtn"], group_size=32, dense="int8", device="cpu")
     quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, None)
-    wanted = PlanRequest(model=str(tmp_path / "out"), group_size=32, measure=False, gpu_memory=GIB)
     total = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-    assert plan_model(wanted)["disk"]["total"] == total
+    assert api.plan(tmp_path / "out", group_size=32, measure=False, gpu_memory=GIB).size == total

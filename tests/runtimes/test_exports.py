@@ -2,19 +2,16 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Ggml
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from gptoss_quantize import api
-from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import dense_shapes
@@ -343,19 +340,17 @@ def test_dense_matrices_in_int8_are_exported_with_their_codes(tiny, tmp_path, to
         }
 
 
-def test_quantize_looks_at_what_it_wrote(tiny, tmp_path, monkeypatch):
-    job = Job(dest=tmp_path / "out", method="rtn-signed", recipe=RECIPES["rtn-signed"], group_size=64)
+def test_quantize_looks_at_what_it_wrote(tiny, tmp_path):
+    name = "model.norm.weight"
 
-    def damaged(source, job, *rest):
-        report = quantize_checkpoint(source, job, *rest)
-        (file,) = (f for f in sorted(job.dest.glob("*.safetensors")) if "model.norm.weight" in load_file(f))
-        tensors = load_file(file)
-        tensors["model.norm.weight"][7] += 1
-        save_file(tensors, file, metadata={"format": "pt"})
-        return report
+    def damage(phase: str, done: int, total: int) -> None:
+        # the disk, after the outer shard was written
+        if done == total:
+            (file,) = (f for f in (tmp_path / "out.partial").glob("*.safetensors") if name in load_file(f))
+            tensors = load_file(file)
+            tensors[name][7] += 1
+            save_file(tensors, file, metadata={"format": "pt"})
 
-    with Progress(disable=True) as bar:
-        api.quantize_model(str(tiny.path("bf16")), TextSpec(), job, bar=bar)
-        monkeypatch.setattr(api, "quantize_checkpoint", damaged)
-        with pytest.raises(RuntimeError, match=r"1 tensors outside the experts.*model\.norm\.weight"):
-            api.quantize_model(str(tiny.path("bf16")), TextSpec(), replace(job, overwrite=True), bar=bar)
+    api.quantize(tiny.path("bf16"), tmp_path / "whole", "rtn-signed")
+    with pytest.raises(RuntimeError, match=r"1 tensors outside the experts.*model\.norm\.weight"):
+        api.quantize(tiny.path("bf16"), tmp_path / "out", "rtn-signed", progress=damage)

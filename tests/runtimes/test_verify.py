@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gptoss_quantize import api, cli
+from gptoss_quantize import cli
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, export_gguf
@@ -364,39 +364,40 @@ def test_a_server_that_cannot_run_or_load_is_refused(tmp_path):
 def test_the_command_prints_the_table_and_fails_when_one_disagrees(
     tiny, int4_path, tmp_path, monkeypatch, capsys, quick
 ):
-    rows = [
-        {
-            "runtime": "transformers",
-            "what": "packed int4",
-            "verdict": "agrees",
-            "got": None,
-            "noise": None,
-            "note": "n",
-        }
-    ]
-    monkeypatch.setattr(api, "verify_checkpoint", lambda *args, **options: rows)
-    command = ["gptoss-quantize", "verify", str(int4_path()), "--json", str(tmp_path / "rows.json")]
-    monkeypatch.setattr(sys, "argv", command)
-    for outcome, code in (("agrees", 0), ("not checked", 0), ("SUSPECT", 0), ("DISAGREES", 1), ("FAILED", 1)):
-        rows[0]["verdict"] = outcome
-        with pytest.raises(SystemExit) as stop:
+    real = check_transformers.packed
+
+    def wrong(path, dtype):
+        model = real(path, dtype)
+        swap_gate_and_up(model.model.layers[0].mlp.experts)
+        return model
+
+    numbers = tmp_path / "rows.json"
+    words = ["gptoss-quantize", "verify", int4_path(), "--runtime", "transformers", "--json", numbers]
+    words += ["--sequences", 2, "--seq-len", 40, "--positions", 4]
+    baseline = ["--baseline", tiny.path("bf16")]
+
+    def run(*more) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (*words, *more)])
+        code = 0
+        try:
             cli.main()
-        assert (stop.value.code or 0) == code
-        assert outcome in capsys.readouterr().out
-        assert json.loads((tmp_path / "rows.json").read_text()) == rows
-    monkeypatch.setattr(sys, "argv", [*command, "--runtime", "ollama"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, capsys.readouterr().out
 
-
-def test_positions_are_spread_and_text_is_real(tiny, int4_path, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(api, "verify", lambda job, runtimes: jobs.append(job) or [])
-    api.verify_checkpoint(int4_path(), None, ("vllm",), shape=(2, 40, 4), progress=lambda words: lambda *_: None)
-    (found,) = jobs
-    assert found.positions == [9, 19, 29, 39] and found.ids.shape == (2, 40)
-    assert len(found.texts) == 2 and " " in found.texts[0]
+    code, out = run(*baseline)
+    assert code == 0 and AGREES in out and DISAGREES not in out
+    found = json.loads(numbers.read_text())
+    assert [row["what"] for row in found] == ["packed int4", "float16 export, tensors", "float16 export"]
+    # 2 sequences of 4 positions
+    assert found[0]["got"]["positions"] == 8
+    code, out = run()
+    assert code == 0 and NOT_CHECKED in out
+    monkeypatch.setattr(check_transformers, "packed", wrong)
+    code, out = run(*baseline)
+    assert code == 1 and DISAGREES in out
+    assert json.loads(numbers.read_text())[0]["verdict"] == DISAGREES
+    assert run("--runtime", "ollama")[0] == 2
 
 
 @pytest.mark.parametrize("engine", ["right", "wrong", "absent"])

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gptoss_quantize.calibration.text import render_chat
+from gptoss_quantize.calibration.chat import render_chat
+from gptoss_quantize.calibration.text import TextSpec, Tokens, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.model import hidden_states, logits
@@ -107,7 +108,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     try:
-        text = render_chat(turns, tokenizer, "the conversation of gptoss_quantize.sanity")
+        text = render_chat(turns, tokenizer, "the conversation of gptoss_quantize.calibration.sanity")
     except InputError:
         return []
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -153,3 +154,23 @@ def _losses(hidden_NSD: torch.Tensor, head_VD: torch.Tensor, ids_NS: torch.Tenso
         scores = logits(rows, head_VD).double()
         parts.append(torch.logsumexp(scores, -1) - scores.gather(1, following[:, None]).squeeze(1))
     return torch.cat(parts).view(len(ids_NS), -1)
+
+
+def first_look(
+    source: Checkpoint, tokens: Tokens | None, dtype: torch.dtype, on_layer: Callable[[int], None]
+) -> dict[str, Any] | None:
+    """Return what a source makes of the first thousand `tokens` (or of the packaged text), before it is quantized.
+
+    {"untried": why} where a method that needs no text has no tokenizer either; None where the tokens do not fit.
+    """
+    try:
+        tokenizer = load_tokenizer(source.side)
+        packaged = TextSpec(tokens=LOOK_TOKENS, seq_len=LOOK_LENGTH)
+        ids = load_tokens(packaged, tokenizer).ids if tokens is None else tokens.ids
+    except InputError as error:
+        if tokens is not None:
+            raise
+        return {"suspect": None, "untried": str(error)}
+    if int(ids.max()) >= source.config.vocab:
+        return None
+    return look(source, tokenizer, ids, dtype, on_layer)

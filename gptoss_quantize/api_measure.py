@@ -1,0 +1,156 @@
+"""The public functions that measure a checkpoint, or let it speak: evaluate, compare, generate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptoss_quantize import progress as steps
+from gptoss_quantize.api_inputs import Place, Places, Show, at_least, open_checkpoint, products, tell_notes, words
+from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
+from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.eval import compare as comparison
+from gptoss_quantize.eval import tasks as suite
+from gptoss_quantize.eval.examples import ask, continuation, load_model
+from gptoss_quantize.eval.fidelity import fidelity
+from gptoss_quantize.eval.profiles import Wanted, name_candidates
+from gptoss_quantize.eval.report import need_matplotlib, write_report
+from gptoss_quantize.results import Comparison, Evaluation
+from gptoss_quantize.terminal import showing
+
+
+def evaluate(
+    candidates: Places,
+    baseline: Place,
+    *,
+    text: Place = "heldout",
+    tokens: int | None = None,
+    seq_len: int = 512,
+    column: str | None = None,
+    chat_template: bool = True,
+    adapter: Place | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    progress: Show = None,
+) -> Evaluation:
+    """Compare checkpoints with the unquantized model on text: perplexity, KL divergence, top-1 agreement.
+
+    Args:
+        candidates: one checkpoint, several (named by their directories), or {name: checkpoint}.
+        baseline: the unquantized model, a directory or hub name.
+        text: heldout, a .txt, .jsonl or .parquet file, or hf:NAME.
+        tokens: the token budget; all of the text without it.
+        adapter: a PEFT LoRA adapter of the baseline.
+        seq_len, column, chat_template, revision, dtype, progress: as for `quantize`.
+    """
+    spec = TextSpec(
+        source=str(text), column=column, tokens=tokens, seq_len=seq_len, chat_template=chat_template, shuffle=False
+    )
+    base = open_checkpoint(baseline, adapter, revision)
+    opened = {name: Checkpoint(path) for name, path in name_candidates(candidates).items()}
+    tell_notes(progress, base, *opened.values())
+    with showing(progress) as show:
+        return Evaluation(fidelity(base, opened, spec, products(dtype), show))
+
+
+def compare(
+    candidates: Places,
+    baseline: Place,
+    out: Place,
+    *,
+    text: Place | Sequence[Place] = "heldout",
+    tasks: str | Sequence[str] = "offline",
+    profile: str = "full",
+    text_tokens: int | None = None,
+    seq_len: int = 512,
+    column: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    margin: float = 2.0,
+    expert_tokens: int | None = None,
+    examples: int | None = None,
+    adapter: Place | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    command: str = "",
+    progress: Show = None,
+) -> Comparison:
+    """Compare checkpoints with the unquantized model: texts, tasks, experts, examples, cost; write a report.
+
+    Into `out` go report.html, report.json, README.md and the tasks. What was computed stays in `out`/cache: a run
+    that was interrupted, or that has one more candidate, computes what is missing. Needs the extra `eval`.
+
+    Args:
+        candidates: as for `evaluate`.
+        baseline: the unquantized model, a directory or hub name.
+        out: the directory of the report.
+        text: heldout, a file or hf:NAME, or several of them; conversations score answers.
+        tasks: offline (packaged), names of lm-eval, several of them (also with commas between), or none.
+        profile: how much is measured where nothing else says it; quick (300 items, 2,048 tokens) or full.
+        text_tokens: the token budget of each text.
+        limit: items per task.
+        num_fewshot: examples before each question.
+        apply_chat_template: ask as a user's turn.
+        margin: loss of accuracy that does not matter, in points.
+        expert_tokens: tokens for the expert section; 0 leaves it out.
+        examples: example prompts, 0 to 3.
+        adapter: a PEFT LoRA adapter of the baseline.
+        command: what the report says it was made by.
+        seq_len, column, revision, dtype, progress: as for `quantize`.
+    """
+    at_least(2, text_tokens=text_tokens)
+    at_least(1, limit=limit)
+    at_least(0, num_fewshot=num_fewshot, margin=margin, expert_tokens=expert_tokens, examples=examples)
+    names = words(tasks)
+    wanted = Wanted(
+        texts=[str(text)] if isinstance(text, str | Path) else list(map(str, text)),
+        tasks=[] if names == ["none"] else names,
+        profile=profile,
+        dtype=products(dtype),
+        text_tokens=text_tokens,
+        seq_len=seq_len,
+        column=column,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        margin=margin,
+        expert_tokens=expert_tokens,
+        examples=examples,
+    ).settings()
+    need_matplotlib()
+    base, dest = open_checkpoint(baseline, adapter, revision), Path(out)
+    opened = {name: Checkpoint(path) for name, path in name_candidates(candidates).items()}
+    tell_notes(progress, base, *opened.values())
+    if dest.exists() and not dest.is_dir():
+        raise InputError(f"{dest}: is a file; give a directory for the report (--report)")
+    dest.mkdir(parents=True, exist_ok=True)
+    with showing(progress) as show:
+        record = comparison.compare(base, opened, wanted, dest, steps.counters(show)) | {"command": command}
+    write_report(record, dest)
+    if wanted.tasks is not None:
+        suite.export(dest / "tasks")
+    return Comparison(dest, record)
+
+
+def generate(
+    model: Place, prompt: str, *, max_new_tokens: int = 60, raw: bool = False, dtype: str = "bfloat16"
+) -> str:
+    """Return the greedy answer of a checkpoint; int4 experts of ours stay packed in memory.
+
+    Args:
+        model: an int4 checkpoint of ours, or any gpt-oss directory.
+        prompt: the user's message, in the chat template (whose date is fixed), or plain text when `raw`.
+        max_new_tokens: how long the answer may be.
+        raw: continue the prompt as text.
+        dtype: of activations and of what is not packed.
+    """
+    path = Path(model)
+    at_least(1, max_new_tokens=max_new_tokens)
+    tokenizer = load_tokenizer(path)
+    if raw and not prompt:
+        raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
+    if not raw and tokenizer.chat_template is None:
+        raise InputError(f"{path}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
+    inputs = ask(prompt, tokenizer, "--prompt", raw=raw)
+    ids = continuation(load_model(Checkpoint(path), products(dtype)), inputs, max_new_tokens)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))

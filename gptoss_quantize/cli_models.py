@@ -1,0 +1,143 @@
+"""The commands that make a model and let one speak: demo-model, generate, demo, synthetic-model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gptoss_quantize.cli_options import Dtype, DtypeOpt, Method, WheelOpt
+from gptoss_quantize.terminal import console, showing
+
+
+def demo_model(
+    dest: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    experts: Annotated[int, typer.Option(min=2)] = 8,
+    experts_per_token: Annotated[int, typer.Option(min=1)] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of routers, channel order and experts.")] = 0,
+    wheel: WheelOpt = None,
+    mxfp4: Annotated[
+        bool, typer.Option("--mxfp4", help="Write experts as MXFP4 blocks, like OpenAI's release.")
+    ] = False,
+) -> None:
+    """Make a small real gpt-oss model from SmolLM2-135M, without any model hub."""
+    from gptoss_quantize.demo.tour import make_demo_model
+
+    with showing(True) as show:
+        make_demo_model(
+            dest,
+            experts=experts,
+            experts_per_token=experts_per_token,
+            seed=seed,
+            wheel=wheel,
+            mxfp4=mxfp4,
+            progress=show,
+        )
+    console.print(f"[bold]{escape(str(dest))}[/bold] written")
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="An int4 checkpoint of ours, or any gpt-oss directory.")],
+    prompt: Annotated[str, typer.Option(help="The user's message, or plain text with --raw.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as text, without the chat template.")
+    ] = False,
+    dtype: DtypeOpt = Dtype.bfloat16,
+) -> None:
+    """Generate text greedily from a checkpoint; int4 experts stay packed in memory."""
+    from gptoss_quantize import api
+
+    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, raw=raw, dtype=dtype.value))
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(help="Directory for models, checkpoints and results.")] = Path("demo-out"),
+    methods: Annotated[str, typer.Option(help="Comma-separated methods to compare.")] = "rtn,rtn-signed,awq,gptq",
+    tokens: Annotated[int, typer.Option(min=512, help="Calibration tokens.")] = 32768,
+    eval_tokens: Annotated[int, typer.Option(min=1024, help="Held-out tokens.")] = 8192,
+    experts: Annotated[int, typer.Option(min=2)] = 8,
+    wheel: WheelOpt = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo at OUT.")] = False,
+) -> None:
+    """Make the demo model, quantize it with every method, compare them, and let the best one speak."""
+    from gptoss_quantize.demo.tour import RESULTS, run_demo
+
+    names = [name.strip() for name in methods.split(",")]
+    if unknown := sorted(set(names) - {m.value for m in Method}):
+        raise typer.BadParameter(
+            f"unknown {unknown}; known: {', '.join(m.value for m in Method)}", param_hint="--methods"
+        )
+    with showing(True) as show:
+        record = run_demo(
+            out,
+            methods=names,
+            tokens=tokens,
+            eval_tokens=eval_tokens,
+            experts=experts,
+            wheel=wheel,
+            overwrite=overwrite,
+            progress=show,
+        )
+    printed = Console()
+    printed.print(demo_table(out / "model", record["reports"], record["results"]))
+    for name, answer in record["answers"].items():
+        printed.print(f"[bold]{name}:[/bold] {escape(answer)}", highlight=False)
+    printed.print(f"{record['total_seconds']:.0f} s in all; numbers in {escape(str(out / RESULTS))}")
+
+
+def demo_table(model: Path, reports: dict[str, dict[str, Any]], results: dict[str, dict[str, Any]]) -> Table:
+    """Return the comparison table of a demo."""
+    table = Table(title="int4 experts, group 64, against the unquantized model", box=SIMPLE)
+    for name in ("method", "bits", "ppl", "KL mean", "KL p99", "top-1", "MiB", "seconds", "peak MiB"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    first = next(iter(results.values()))
+    size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
+    table.add_row(
+        "unquantized", "16", f"{first['baseline_perplexity']:.2f}", "0", "0", "100 %", f"{size:.0f}", "", ""
+    )
+    for name, result in results.items():
+        report = reports[name]
+        table.add_row(
+            name,
+            f"{report['expert_bits_per_weight']:.2f}",
+            f"{result['perplexity']:.2f}",
+            f"{result['kl_mean']:.4f}",
+            f"{result['kl_p99']:.3f}",
+            f"{100 * result['top1_agreement']:.1f} %",
+            f"{report['bytes'] / 2**20:.0f}",
+            f"{report['seconds']:.0f}",
+            f"{report['peak_rss_mib']}",
+        )
+    return table
+
+
+def synthetic_model(
+    dest: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    like: Annotated[
+        str, typer.Option(help="gpt-oss-20b, gpt-oss-120b, or a config.json of the gpt-oss architecture.")
+    ] = "gpt-oss-20b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers to write; all without it.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+) -> None:
+    """Make a model of true shape with random weights, to measure time and memory."""
+    from gptoss_quantize.demo.tour import make_synthetic_model
+
+    with showing(True) as show:
+        facts = make_synthetic_model(dest, like=like, layers=layers, seed=seed, progress=show)
+    console.print(
+        f"[bold]{escape(str(dest))}[/bold] written: {facts['layers']} of {facts['of_layers']} layers of "
+        f"{escape(like)}, {facts['bytes'] / 1e9:.1f} GB in {facts['seconds']:.0f} s; random weights, it knows nothing"
+    )
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo-model": demo_model,
+    "generate": generate,
+    "demo": demo,
+    "synthetic-model": synthetic_model,
+}

@@ -1,0 +1,52 @@
+"""What is said of a quantization when it is done."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from gptoss_quantize.terminal import console
+
+
+def keep_mxfp4(lost: str = "") -> str:
+    """Return what is said of int4 from an MXFP4 source, with how much was `lost` where that is known."""
+    return (
+        f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
+        "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
+    )
+
+
+def print_quantized(out: Path, report: dict[str, Any]) -> None:
+    """Print what a quantization run did, and every retreat it had to make."""
+    console.print(
+        f"[bold]{escape(str(out))}[/bold]: {report['bytes'] / 2**20:.0f} MiB, experts at "
+        f"{report['expert_bits_per_weight']:.2f} bits per weight, {report['seconds']:.0f} s, "
+        f"peak {report['peak_rss_mib']} MiB"
+    )
+    if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
+        what, error = "the experts' outputs", report["mean_output_error"]
+        if error is None:
+            what, error = "the experts' weights", report["weight_error"]
+        lost = f" ({what} move by {100 * error**0.5:.1f} %, rms)"
+        console.print(keep_mxfp4(lost))
+    if report["suspect"]:
+        console.print(f"[bold red]SUSPECT:[/bold red] the source's {escape(report['suspect'])}", soft_wrap=True)
+    if polish := report.get("polish"):
+        console.print(
+            f"polish: KL {polish['kl_before']:.4f} -> {polish['kl_after']:.4f} on {polish['heldout_tokens']} "
+            f"held-out tokens after {polish['steps']} steps on text that calibration did not see"
+            + ("" if polish["kept"] else "; [yellow]it did not help, and nothing was changed[/yellow]")
+            + ("" if polish["rounds"] <= 1 else f"; [yellow]text ran short: {polish['rounds']:.1f} rounds[/yellow]")
+        )
+    for key, words in (
+        ("experts_without_tokens", "expert(s) saw no calibration token and were rounded without error feedback"),
+        ("experts_under_50_tokens", "expert(s) saw fewer than 50 tokens and were damped strongly"),
+        ("hessians_with_extra_damping", "Hessian(s) needed more damping to factor"),
+    ):
+        if report[key]:
+            shown = ", ".join(f"layer {row[0]} expert {row[1]}" for row in report[key][:4])
+            console.print(
+                f"[yellow]{len(report[key])} {words}[/yellow]: {shown}{' ...' if len(report[key]) > 4 else ''}"
+            )
+    if kept := [i for i, layer in enumerate(report["layers"]) if layer.get("awq", {}).get("alpha") == 0]:
+        console.print(f"AWQ did not help in {len(kept)} layer(s), which keep their original norm and router: {kept}")

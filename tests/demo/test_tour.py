@@ -1,0 +1,166 @@
+"""`demo OUT`: nothing that it did not write is ever deleted, and an earlier demo only where the user says so."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptoss_quantize import cli
+from gptoss_quantize.demo import tour
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import MARK, read_mark
+
+THESIS = "three years of work"
+
+
+@pytest.fixture
+def demo(tiny, monkeypatch):
+    """Return `demo OUT` with the tiny model in place of the one that is made from a wheel."""
+
+    def build(dest, *, progress, **_):
+        shutil.copytree(tiny.path("bf16"), dest)
+        # as every directory of ours is marked
+        from gptoss_quantize.files import finish_mark, put_mark
+
+        put_mark(dest, "demo-model")
+        finish_mark(dest)
+        progress(1, 1)
+        return {"parameters": 1}
+
+    monkeypatch.setattr(tour, "build_demo_model", build)
+
+    def run(out: Path, **options) -> dict:
+        options = {"methods": ["rtn"], "tokens": 512, "eval_tokens": 1024, "experts": 8, "wheel": None} | options
+        return tour.run_demo(out, **options)
+
+    return run
+
+
+def whole(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_demo_writes_marked_directories_and_its_numbers(demo, tmp_path):
+    phases = set()
+    record = demo(tmp_path / "deep" / "out", progress=lambda phase, done, total: phases.add(phase))
+    out = tmp_path / "deep" / "out"
+    assert sorted(path.name for path in out.iterdir()) == [MARK, "demo.json", "int4-rtn", "model"]
+    assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(record))
+    assert record["results"].keys() == record["reports"].keys() == {"rtn"}
+    assert record["answers"].keys() == {"unquantized", "rtn"} and record["total_seconds"] > 0
+    assert read_mark(out)["command"] == "demo"
+    assert phases == {"demo model: layer", "rtn int4 group 64: layer", "evaluate: layer"}
+
+
+def test_an_earlier_demo_is_replaced_only_when_told(demo, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    demo(out)
+    before = whole(out)
+    with pytest.raises(InputError, match="already exists; choose another name or pass --overwrite"):
+        demo(out)
+    assert whole(out) == before
+    # other methods than before
+    demo(out, overwrite=True, methods=["rtn-signed"])
+    assert sorted(path.name for path in out.iterdir()) == [MARK, "demo.json", "int4-rtn-signed", "model"]
+
+
+@pytest.mark.parametrize(
+    "place", ["thesis.tex", "thesis/chapter.tex", "model/thesis.tex", "int4-rtn/notes/thesis.tex", "model.partial/x"]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_thesis_in_a_demo_survives(demo, tmp_path, place, overwrite):
+    out = tmp_path / "out"
+    demo(out)
+    (out / place).parent.mkdir(exist_ok=True)
+    (out / place).write_text(THESIS)
+    before = whole(out)
+    with pytest.raises(InputError, match=r"--overwrite does not delete it|already exists"):
+        demo(out, overwrite=overwrite)
+    assert whole(out) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_named_model_does_not_make_a_directory_ours(demo, tmp_path, overwrite):
+    # what `demo` deleted before: everything beside a folder of that name
+    out = tmp_path / "university"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "results.csv").write_text("1,2,3")
+    (out / "thesis.tex").write_text(THESIS)
+    before = whole(out)
+    with pytest.raises(InputError, match="university"):
+        demo(out, overwrite=overwrite)
+    assert whole(out) == before
+
+
+def test_what_another_command_wrote_is_not_replaced(demo, tmp_path):
+    demo(tmp_path / "out")
+    checkpoint = tmp_path / "out" / "int4-rtn"
+    before = whole(checkpoint)
+    with pytest.raises(InputError, match="was not written by `demo`"):
+        demo(checkpoint, overwrite=True)
+    assert whole(checkpoint) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a directory", "link to nothing"])
+def test_what_is_no_directory_stays(demo, tmp_path, kind):
+    out, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text(THESIS)
+    if kind == "file":
+        out.write_text(THESIS)
+    else:
+        out.symlink_to(home if kind == "link to a directory" else tmp_path / "nothing")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="out"):
+            demo(out, overwrite=overwrite)
+    assert os.path.lexists(out) and (home / "thesis.tex").read_text() == THESIS
+
+
+def test_an_interrupted_demo_is_replaced_too(demo, tmp_path):
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase.startswith("rtn") and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path / "out", progress=stop)
+    assert (tmp_path / "out" / "int4-rtn.partial").is_dir()
+    demo(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "int4-rtn.partial").exists()
+
+
+def test_two_demos_at_once_do_not_delete_each_other(demo, tmp_path):
+    def second(phase: str, done: int, total: int) -> None:
+        if phase.startswith("rtn") and done == 1:
+            with pytest.raises(InputError, match="another process is writing it"):
+                demo(tmp_path / "out", overwrite=True)
+
+    demo(tmp_path / "out", progress=second)
+    assert (tmp_path / "out" / "demo.json").is_file()
+
+
+def test_the_command_prints_table_and_answers(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "out"
+    words = ["gptoss-quantize", "demo", str(out), "--methods", "rtn", "--tokens", "512", "--eval-tokens", "1024"]
+
+    def run(*more: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    code, printed, _ = run()
+    assert code == 0 and "int4 experts, group 64, against the unquantized model" in printed
+    assert "rtn" in printed and "4.25" in printed and "unquantized:" in printed
+    assert f"numbers in {out}/demo.json" in printed
+    code, printed, err = run()
+    assert (code, printed) == (1, "") and "--overwrite" in err
+    assert run("--overwrite")[0] == 0
+
+
+def test_sample_text_is_the_packaged_one():
+    assert len(tour.sample_text()) > 100_000
