@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size
+from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size, tell_notes
 from gptoss_quantize.api_measure import compare, evaluate, generate
 from gptoss_quantize.api_runtimes import export, import_checkpoint, plan, verify
 from gptoss_quantize.calibration.sanity import first_look
@@ -127,11 +127,12 @@ def quantize(
         chat_template=chat_template,
     )
     source, calibrating = open_checkpoint(model, adapter, revision), None
+    tell_notes(progress, source)
     with showing(progress) as show:
         on_grid = phases(show)("MXFP4 values: layer")
         job = settle_format(source, job, lambda done: on_grid(done, source.config.layers))
     if job.recipe.calibrated:
-        tokenizer = load_tokenizer(source.path)
+        tokenizer = load_tokenizer(source.side)
         calibrating = load_tokens(text, tokenizer)
         if job.polish:
             job = replace(job, polish_text=load_following(text, tokenizer, text_needed(polish, seq_len)))

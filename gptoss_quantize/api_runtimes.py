@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptoss_quantize import progress as steps
-from gptoss_quantize.api_inputs import Place, Show, at_least, known, open_checkpoint, size, words
+from gptoss_quantize.api_inputs import Place, Show, at_least, known, open_checkpoint, size, tell_notes, words
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
@@ -128,7 +128,8 @@ def verify(
     for name in names:
         known("--runtime", name, verification.RUNTIMES)
     opened = Checkpoint(Path(checkpoint))
-    tokenizer = load_tokenizer(opened.path)
+    tell_notes(progress, opened)
+    tokenizer = load_tokenizer(opened.side)
     spec = TextSpec(source=str(text), tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
     ids = load_tokens(spec, tokenizer).ids
     check_ids(ids, opened.config.vocab, f"{checkpoint}: the text")

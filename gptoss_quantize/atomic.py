@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,14 +132,6 @@ def checksum(path: Path) -> int:
         while piece := file.read(1 << 24):
             value = zlib.crc32(piece, value)
     return value
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence, where the source has them."""
-    for name in COPIED:
-        if (source / name).is_file():
-            with writing(folder / name):
-                shutil.copyfile(source / name, folder / name)
 
 
 def sync_folder(path: Path) -> None:

@@ -21,7 +21,6 @@ from gptoss_quantize.files import (
     check_dest,
     check_resumable,
     checksum,
-    copy_side_files,
     drop_unfinished,
     finish_mark,
     is_free,
@@ -38,6 +37,7 @@ from gptoss_quantize.files import (
     writing,
 )
 from gptoss_quantize.shards import ShardFile
+from gptoss_quantize.tokenizer_files import SideFiles
 
 POLISHED_NAME = "polished.safetensors"
 REPORT_NAME = "quantization_report.json"
@@ -259,9 +259,9 @@ class Output:
             sync_folder(self.partial)
         write_json(self.partial / "state.json", self.state)
 
-    def finish(self, source: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+    def finish(self, side: SideFiles, config: dict[str, Any], report: dict[str, Any]) -> None:
         """Write index, config, report and tokenizer files, then rename the directory to its final name."""
-        copy_side_files(source, self.partial)
+        side.write(self.partial)
         total = {"total_size": self.state["bytes"]}
         weight_map = dict(sorted(self.state["weight_map"].items()))
         write_json(self.partial / self.index_name, {"metadata": total, "weight_map": weight_map})

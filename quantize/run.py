@@ -158,8 +158,9 @@ def _work(run: Run) -> dict[str, Any]:
         "source_experts": source.layout.name,
         "peak_rss_mib_of_ranks": peaks,
     }
+    report["notes"] = list(source.notes)
     if run.first:
-        output.finish(source.path, _config(run), report)
+        output.finish(run.source.side, _config(run), report)
     everyone(ranks, None)
     return report
 

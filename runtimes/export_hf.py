@@ -15,7 +15,7 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
+from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.layouts import FLOAT, MXFP4, dense_shapes, expert_shapes, layer_of, quantization_config
 from gptoss_quantize.runtimes.staging import Planned, write_shards
 from gptoss_quantize.source import StoredSource
@@ -97,7 +97,7 @@ def write_float(
             entries.append(_biases(checkpoint, layer, part))
     total = write_shards(folder, [outer, *layers], "model", on_shard)
     write_json(folder / "config.json", plain_config(checkpoint, dtype))
-    copy_side_files(checkpoint.path, folder)
+    checkpoint.side.write(folder)
     return {"bytes": total, **rounding.record()}
 
 
@@ -134,5 +134,5 @@ def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_pr
     config = plain_config(checkpoint, torch.bfloat16)
     config["quantization_config"] = checkpoint.config.raw.get("quantization_config") or quantization_config(MXFP4)
     write_json(folder / "config.json", config)
-    copy_side_files(checkpoint.path, folder)
+    checkpoint.side.write(folder)
     return {"bytes": total}

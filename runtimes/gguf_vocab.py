@@ -6,6 +6,7 @@ pre-tokenizer is built here and run beside the model's own over a text in which 
 of the one that cuts it alike everywhere. An unknown one is refused, never guessed.
 """
 
+import json
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from gptoss_quantize.config import ModelConfig, read_json
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.tokenizer_files import SideFiles
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -73,9 +75,9 @@ def recognise(tokenizer: Tokenizer, where: Path) -> str:
     )
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> str:
-    """Add tokens, types, merges, special tokens and chat template of a model directory; return the name of `pre`."""
-    file = path / "tokenizer.json"
+def add_tokenizer(writer: gguf.GGUFWriter, side: SideFiles, config: ModelConfig) -> str:
+    """Add tokens, types, merges, special tokens and chat template of a model; return the name of `pre`."""
+    file = side.files.get("tokenizer.json", side.path / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 tokenizers raises nothing narrower
@@ -106,13 +108,22 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> s
         else:
             types.append(gguf.TokenType.NORMAL)
     try:
-        special = gguf.SpecialVocab(path, load_merges=True, n_vocab=config.vocab)
+        with side.staged() as folder:
+            (folder / "config.json").write_text(json.dumps(config.raw), encoding="utf-8")
+            special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab)
     except (ValueError, AttributeError, TypeError, OSError) as error:
         # JSON and UTF-8 among them
         raise InputError(
-            f"{path}: tokenizer_config.json, chat_template.jinja or generation_config.json cannot be read ({error}); "
-            "correct them, or copy them from the model that it was made from"
+            f"{side.path}: tokenizer_config.json, chat_template.jinja or generation_config.json cannot be read "
+            f"({error}); correct them, or copy them from the model that it was made from"
         ) from None
+    # what transformers would use, not what gguf finds
+    template = side.template
+    special.chat_template = (
+        [{"name": name, "template": text} for name, text in template.items()]
+        if isinstance(template, dict)
+        else template
+    )
     # by what it does, too: whether plain text gets a first or last token of its own
     ids = tokenizer.encode("a").ids
     special.add_special_token = {
