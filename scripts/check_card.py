@@ -62,7 +62,7 @@ def quantized(model: Path, work: Path) -> list[dict[str, Any]]:
 
     source = Checkpoint(model)
     ids = torch.randint(0, source.config.vocab, (32, 128), generator=torch.Generator().manual_seed(0))
-    tokens = Tokens(ids, source="random", documents=1, separator=None, sha256="0" * 64)
+    tokens = Tokens(ids=ids, source="random", documents=1, separator=None, sha256="0" * 64)
     rows = []
     for method in ("gptq", "awq+gptq"):
         row: dict[str, Any] = {"method": method}
