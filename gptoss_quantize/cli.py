@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes, early
+from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes
+from gptoss_quantize import cli_early as early
+from gptoss_quantize.cli_exits import StoppedError, one_message
 from gptoss_quantize.cli_options import (
     AdapterOpt,
     ChatOpt,
@@ -28,7 +30,6 @@ from gptoss_quantize.cli_options import (
     SeqLenOpt,
 )
 from gptoss_quantize.cli_words import print_quantized
-from gptoss_quantize.exits import StoppedError, one_message
 from gptoss_quantize.files import check_begin
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import early
+from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_options import (
     AdapterOpt,
     ChatOpt,

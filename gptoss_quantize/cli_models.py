@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import early
+from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_options import Dtype, DtypeOpt, Method, WheelOpt
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing

@@ -22,6 +22,7 @@ class Format(StrEnum):
 
     int4 = "int4"
     mxfp4 = "mxfp4"
+    auto = "auto"
 
 
 class Group(StrEnum):

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import advice, early
+from gptoss_quantize import advice
+from gptoss_quantize import cli_early as early
 from gptoss_quantize.units import gib, parse_size
 
 

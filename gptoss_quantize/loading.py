@@ -49,7 +49,7 @@ def load(
     checkpoint = Checkpoint(Path(path))
     if not checkpoint.layout.packed:
         raise InputError(
-            f"{path}: its experts are {checkpoint.layout.name}, not packed; load it with transformers, "
+            f"{path}: its experts are {checkpoint.layout.name}, not int4; load it with transformers, "
             "or quantize it first (gptoss-quantize quantize)"
         )
     if kernel not in KERNELS:

@@ -11,8 +11,8 @@ import torch
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.cli_early import check_recipe
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.early import check_recipe
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
 from gptoss_quantize.layouts import DENSE, Layout, dense_shapes, pick_layout

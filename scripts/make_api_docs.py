@@ -16,7 +16,7 @@ from textwrap import dedent
 import gptoss_quantize as gq
 from gptoss_quantize import api, loading, results
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs/api.md"
 ORDER = ("quantize", "evaluate", "compare", "generate", "load", "register", "export", "import_checkpoint", "verify",
          "plan")  # fmt: skip
 RESULTS = ("Quantized", "Evaluation", "Fidelity", "Comparison", "Written", "Verification", "Plan")

@@ -153,7 +153,7 @@ def test_report(tiny, undisturbed, method):
         assert report["calibration"] is None
         return
     tokens = tiny.tokens()
-    assert report["calibration"] == {"source": "tiny", "sha256": tokens.sha256, "shape": [16, 48]}
+    assert report["calibration"] == {**tokens.record(), "shape": [16, 48]}
     assert settings["calibration"] == tokens.sha256
     for layer in report["layers"]:
         # every token goes to four experts, and is counted there
@@ -289,7 +289,11 @@ def test_resume_does_not_read_finished_layers(tiny, tmp_path, method):
     quantize(source, out, method, tokens=tokens, resume=True)
     assert compared(tiny.snapshot(out)) == compared(tiny.snapshot(tmp_path / "undisturbed"))
     # and it would have been noticed
-    refused(lambda: quantize(source, tmp_path / "again", method, tokens=tokens), "layers.0", "holds 255")
+    refused(
+        lambda: quantize(source, tmp_path / "again", method, tokens=tokens),
+        "layers.0",
+        "NaN or infinite" if method == "gptq" else "holds 255",
+    )
 
 
 def test_resumed_twice(tiny, undisturbed, tmp_path):

@@ -96,7 +96,8 @@ def test_measuring_knows_nothing_of_quantizing():
 def test_only_the_package_names_what_it_does_not_import():
     # its public functions come from above it, on first use
     seen = {name for name, tree in TREES.items() if any(map(for_checkers, ast.walk(tree)))}
-    assert seen == {"gptoss_quantize"}
+    # and `atomic` may write tensors without importing torch first
+    assert seen == {"gptoss_quantize", "gptoss_quantize.atomic"}
 
 
 def test_rich_draws_for_people_only():
