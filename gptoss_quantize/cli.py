@@ -12,7 +12,7 @@ import typer
 import typer.core
 from rich.markup import escape
 
-from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes
+from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk
 from gptoss_quantize.cli_options import (
     AdapterOpt,
     ChatOpt,
@@ -159,7 +159,7 @@ def quantize(
 
 
 for _name, _command in (
-    cli_measure.COMMANDS | cli_models.COMMANDS | cli_sizes.COMMANDS | cli_runtimes.COMMANDS
+    cli_measure.COMMANDS | cli_models.COMMANDS | cli_talk.COMMANDS | cli_sizes.COMMANDS | cli_runtimes.COMMANDS
 ).items():
     app.command(_name)(_command)
 
