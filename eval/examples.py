@@ -1,5 +1,6 @@
 """A checkpoint loaded whole, asked, and its answers: of `generate` and `chat`, and the examples of a comparison."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,7 +147,9 @@ def continuation(
     told, watched = model.generation_config, _EachToken(on_token)
     ends = told.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
-    extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    # the keyword was renamed within the versions of transformers that we take
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    extra: dict[str, Any] = {} if cache is None else {keyword: cache}
     if stops:
         extra["eos_token_id"] = sorted({*ends, *stops})
     if told.pad_token_id is None and (ends or stops):

@@ -182,7 +182,7 @@ class Conversation:
         file.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def interrupt(self) -> None:
-        """End the answer that is being made: after its next token, or at once (KeyboardInterrupt) before its first."""
+        """End the answer that is being made: after its next token; before its first at once, by KeyboardInterrupt."""
         if not self._speaking or self._stopping:
             raise KeyboardInterrupt
         self._stopping = True

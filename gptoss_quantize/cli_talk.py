@@ -212,6 +212,8 @@ def chat(
     from gptoss_quantize.hub import resolve
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with suppress(AttributeError, ValueError):
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     sampling = api_talk.pick_sampling(temperature, top_p, top_k, seed)
     path = resolve(model)
     tokenizer = api_talk.chat_tokenizer(path)
