@@ -73,6 +73,10 @@ class Checkpoint(StoredSource):
         """Return dtype, shape and place of a stored tensor."""
         return self.weights.info(name)
 
+    def shard(self, name: str) -> ShardFile:
+        """Return the file that holds a stored tensor."""
+        return self.weights.shard(name)
+
     def names(self) -> list[str]:
         """Return the names of all stored tensors, sorted."""
         return self.weights.names()
@@ -142,7 +146,9 @@ class Checkpoint(StoredSource):
                 self.config, lambda name: self.info(name).shape if name in self.weights else None
             )
         except ValueError as error:
-            raise InputError(f"{self.path}: {error}; {_INCOMPLETE}") from None
+            first = self.layout.base(0, 0, "gate_up") + self.layout.suffixes[-1]
+            where = self.weights.file(first) if first in self.weights else self.path
+            raise InputError(f"{where}: {error}; {_INCOMPLETE}") from None
 
     def _expected(self) -> Stored:
         """Return name -> (shape, allowed dtypes) of everything that the config and the layouts promise."""

@@ -1,18 +1,16 @@
 """Attention projections, embedding and head that stay in 8 bits in memory, as `--dense int8` stores them.
 
-Each is unpacked when it is used, some rows at a time: a token's embedding is a row, a projection a block of rows. The
-products run in the dtype of the input.
+A projection multiplies the codes as they are (kernels.linear_op), in the dtype of the input; a token's embedding is a
+row, unpacked when it is looked up.
 """
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.kernels import int8
+from gptoss_quantize.kernels.linear_op import int8_product
 from gptoss_quantize.layouts import dense_shapes
-
-BLOCK_ROWS = 8192
 
 
 class Int8Linear(nn.Module):
@@ -29,12 +27,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [..., rows] for x [..., columns], in the dtype of x."""
-        parts = [
-            functional.linear(x, int8.dequantize(codes, scale, x.dtype))
-            for codes, scale in zip(self.codes.split(BLOCK_ROWS), self.scale.split(BLOCK_ROWS), strict=True)
-        ]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return int8_product(x, self.codes, self.scale, self.bias)
 
 
 class Int8Embedding(nn.Module):

@@ -19,28 +19,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, G
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.dense_int8 import put_int8_modules
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels.experts import EXPERT_KERNELS, PackedExperts
-from gptoss_quantize.layouts import dense_shapes
-
-
-class PackedExpertsModule(nn.Module):
-    """The experts of one layer in packed int4; the same call as transformers' GptOssExperts."""
-
-    def __init__(self, packed: PackedExperts, limit: float, alpha: float, kernel: str):
-        super().__init__()
-        for name in PackedExperts.__slots__:
-            self.register_buffer(name, getattr(packed, name))
-        self.limit, self.alpha, self.kernel = limit, alpha, kernel
-
-    def forward(
-        self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the block output in the shape and dtype of `hidden_states`."""
-        packed = PackedExperts(*(getattr(self, name) for name in PackedExperts.__slots__))
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        run = EXPERT_KERNELS[self.kernel]
-        out = run(flat, router_indices, routing_weights, packed, self.limit, self.alpha)
-        return out.view_as(hidden_states)
+from gptoss_quantize.kernels import native
+from gptoss_quantize.kernels.experts_op import KERNELS, kernel_report
+from gptoss_quantize.kernels.linear_op import use_bf16_linear
+from gptoss_quantize.layouts import AS_SOURCE, dense_shapes
+from gptoss_quantize.packed_experts import PackedExpertsModule, map_experts
 
 
 class PackedGptOssForCausalLM(GptOssForCausalLM):
@@ -53,54 +36,37 @@ class PackedGptOssForCausalLM(GptOssForCausalLM):
         )
 
 
-def read_packed(checkpoint: Checkpoint, layer: int) -> PackedExperts:
-    """Return a layer's experts as stored, stacked over experts."""
-
-    def stack(name: str) -> torch.Tensor:
-        base = f"model.layers.{layer}.mlp.experts."
-        first = checkpoint.info(f"{base}0.{name}")
-        out = torch.empty(checkpoint.config.experts, *first.shape, dtype=first.dtype)
-        for e in range(checkpoint.config.experts):
-            out[e] = checkpoint.read(f"{base}{e}.{name}")
-        return out
-
-    return PackedExperts(
-        w13_packed=stack("w13_weight_packed"),
-        w13_scale=stack("w13_weight_scale"),
-        w13_bias=stack("w13_bias"),
-        w2_packed=stack("w2_weight_packed"),
-        w2_scale=stack("w2_weight_scale"),
-        w2_bias=stack("w2_bias"),
-    )
-
-
 def load(
-    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", kernel: str = "torch"
+    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", kernel: str = "auto"
 ) -> GptOssForCausalLM:
     """Return a model ready for `generate`, its experts packed: about 4.25 bits each, 16 for the rest.
 
     Attention, embedding and head that are stored in 8 bits stay so as well. `dtype` is that of the activations and of
-    everything else. `kernel` is a key of `kernels.experts.EXPERT_KERNELS`. InputError for a directory that is not one
-    of ours or not complete.
+    everything else. On a CPU the experts stay in the mapped files, which must not change while the model lives; for
+    other devices they are copied. `kernel`: "auto" for the fastest (kernels.experts_op), "torch" for the definition.
+    InputError for a directory that is not one of ours or not complete.
     """
     checkpoint = Checkpoint(Path(path))
-    if checkpoint.expert_format != "int4":
+    if not checkpoint.layout.packed:
         raise InputError(
-            f"{path}: its experts are {checkpoint.expert_format}, not int4; load it with transformers, "
+            f"{path}: its experts are {checkpoint.layout.name}, not packed; load it with transformers, "
             "or quantize it first (gptoss-quantize quantize)"
         )
-    if kernel not in EXPERT_KERNELS:
-        raise InputError(f"unknown expert kernel {kernel!r}; known: {', '.join(EXPERT_KERNELS)}")
+    if kernel not in KERNELS:
+        raise InputError(f"unknown expert kernel {kernel!r}; known: {', '.join(KERNELS)}")
+    if kernel == "auto" and torch.device(device).type == "cpu" and not native.available():
+        warnings.warn(f"{path}: its experts run in {kernel_report(device, dtype)}", stacklevel=2)
     config = checkpoint.config
     raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "gptoss_quantize")}
     with init_empty_weights(include_buffers=False):
         # a copy, since transformers completes the rope settings in place
         model = PackedGptOssForCausalLM(GptOssConfig.from_dict(deepcopy(raw)))
+    maps: dict[Path, torch.Tensor] = {}
     for i, block in enumerate(model.model.layers):
-        packed = read_packed(checkpoint, i)
-        block.mlp.experts = PackedExpertsModule(packed, config.swiglu_limit, config.swiglu_alpha, kernel)
+        experts = map_experts(checkpoint, i, maps)
+        block.mlp.experts = PackedExpertsModule(experts, config.swiglu_limit, config.swiglu_alpha, kernel)
     # transformers keeps the norms in float32 whatever the dtype
-    kept = put_int8_modules(model, checkpoint, dtype) if checkpoint.dense_format == "int8" else set()
+    kept = put_int8_modules(model, checkpoint, dtype) if checkpoint.dense_layout is not AS_SOURCE else set()
     state = {
         name: checkpoint.dense(name).to(torch.float32 if "norm" in name else dtype)
         for name in dense_shapes(config)
@@ -112,6 +78,8 @@ def load(
         raise InputError(f"{path}: tensors do not fit the model: missing {missing}, unknown {unexpected}")
     if not kept:
         model.tie_weights()
+    if dtype == torch.bfloat16 and native.available():
+        use_bf16_linear(model)
     if (Path(path) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval().to(device)
@@ -157,6 +125,8 @@ def register() -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers of a model."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Return the bytes of all parameters and buffers of a model; of mapped experts, those of their own tensors."""
+    experts = [module for module in model.modules() if isinstance(module, PackedExpertsModule)]
+    inside = {id(buffer) for module in experts for buffer in module.buffers()}
+    others = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+    return sum(t.nbytes for t in others) + sum(module.nbytes() for module in experts)

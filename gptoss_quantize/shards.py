@@ -1,4 +1,4 @@
-"""One safetensors file, read with pread instead of mmap.
+"""One safetensors file, read with pread instead of mmap, or mapped where that is asked for.
 
 safetensors checks the header once (offsets, gaps, length). The bytes are then read with ordinary reads, for two
 reasons: mapped pages count as resident memory until the file is unmapped, and a file that shrinks while it is
@@ -72,6 +72,22 @@ class ShardFile:
                 DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin, end - begin
             )
 
+    def map(self) -> torch.Tensor:
+        """Return the whole file as uint8, mapped into memory: nothing is read until it is used, nothing copied.
+
+        The file must stay as it is while the tensor lives. Raises InputError when it changed since it was opened.
+        """
+        try:
+            if _fingerprint(self.path.stat()) != self._stat:
+                raise InputError(
+                    f"{self.path}: the file changed since it was opened (size, time or inode); "
+                    "stop whatever writes it and start again"
+                )
+            # a private mapping: the file is only read
+            return torch.from_file(str(self.path), shared=False, size=self._stat[0], dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path}: cannot be mapped into memory ({error})") from None
+
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """Return a copy of a tensor, or of its `index`-th slice along the first dimension.
 
@@ -119,6 +135,10 @@ class Weights:
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and place of a stored tensor."""
         return self._shard_of[name].tensors[name]
+
+    def shard(self, name: str) -> ShardFile:
+        """Return the open file that a tensor lies in."""
+        return self._shard_of[name]
 
     def file(self, name: str) -> Path:
         """Return the file that a tensor lies in."""

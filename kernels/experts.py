@@ -5,11 +5,12 @@
     y = sum over the selected experts of  p_e * (a W2^T + b2)
 
 Shapes: T tokens, D hidden, F intermediate, R = 2F interleaved rows, E experts, K experts per token.
-A kernel is chosen from `EXPERT_KERNELS`; all have the signature of `experts_torch`.
+The operator that models call, and the choice among the kernels, is in `kernels.experts_op`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional
@@ -19,7 +20,7 @@ from gptoss_quantize.kernels import int4, native
 
 @dataclass(slots=True)
 class PackedExperts:
-    """The int4 experts of one layer as stored; see docs/checkpoint-format.md and `kernels.int4`."""
+    """The int4 experts of one layer, stacked; see docs/checkpoint-format.md and `kernels.int4`."""
 
     w13_packed: torch.Tensor  # int32 [E, 2F, D/8], rows interleaved gate, up
     w13_scale: torch.Tensor  # bfloat16 [E, 2F, D/g]
@@ -28,11 +29,56 @@ class PackedExperts:
     w2_scale: torch.Tensor  # bfloat16 [E, D, F/g]
     w2_bias: torch.Tensor  # [E, D]
 
+    def of(self, expert: int) -> "PackedExperts":
+        """Return one expert's tensors, without the leading dimension."""
+        return PackedExperts(*(getattr(self, field.name)[expert] for field in fields(self)))
+
+
+@dataclass(slots=True)
+class MappedExperts:
+    """The same experts wherever they lie in memory, a mapped file say: nothing is stacked, nothing copied."""
+
+    storages: Sequence[torch.Tensor]  # uint8 [bytes]
+    place: torch.Tensor  # int64 [6, E, 2] on the CPU: storage and byte offset of each tensor of PackedExperts
+    hidden: int
+    intermediate: int
+    group: int
+    bias_dtype: torch.dtype
+
+    def shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Return (shape, dtype) of one expert's six tensors."""
+        D, F, g, words = self.hidden, self.intermediate, self.group, int4.CODES_PER_WORD
+        parts = (((2 * F, D // words), (2 * F, D // g), (2 * F,)), ((D, F // words), (D, F // g), (D,)))
+        return tuple(
+            shape_dtype
+            for packed, scale, bias in parts
+            for shape_dtype in ((packed, torch.int32), (scale, torch.bfloat16), (bias, self.bias_dtype))
+        )
+
+    def of(self, expert: int) -> PackedExperts:
+        """Return one expert's tensors: views of the storages."""
+        parts = []
+        for (shape, dtype), (storage, offset) in zip(self.shapes(), self.place[:, expert].tolist(), strict=True):
+            nbytes = math.prod(shape) * dtype.itemsize
+            parts.append(self.storages[storage][offset : offset + nbytes].view(dtype).view(shape))
+        return PackedExperts(*parts)
+
+    def stack(self) -> PackedExperts:
+        """Return a stacked copy."""
+        experts = [self.of(e) for e in range(self.place.shape[1])]
+        return PackedExperts(*(torch.stack([getattr(e, f.name) for e in experts]) for f in fields(PackedExperts)))
+
+    def nbytes(self) -> int:
+        """Return the bytes of all experts' tensors."""
+        return self.place.shape[1] * sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes())
+
 
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
     """Return the clamped SwiGLU activations [..., F] of gate and up pre-activations [..., F]."""
     gate = gate_TF.clamp(max=limit)
-    glu = torch.sigmoid(gate * alpha).mul_(gate)
+    share = torch.sigmoid(gate * alpha)
+    # sigmoid keeps its result for the backward pass
+    glu = share * gate if share.requires_grad else share.mul_(gate)
     return torch.addcmul(glu, up_TF.clamp(min=-limit, max=limit), glu)
 
 
@@ -40,8 +86,9 @@ def swiglu_slope(gate_up_TR: torch.Tensor, slope_TF: torch.Tensor, limit: float,
     """Return the gradient by pre-activations [T, 2F], gates then ups, for the gradient by the activations [T, F]."""
     if native.takes(gate_up_TR, torch.bfloat16):
         return native.swiglu_slope(gate_up_TR, slope_TF, limit, alpha)
-    raw_gate, raw_up = gate_up_TR.float().chunk(2, dim=-1)
-    gate, up, slope = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit), slope_TF.float()
+    dtype = torch.promote_types(gate_up_TR.dtype, torch.float32)
+    raw_gate, raw_up = gate_up_TR.to(dtype).chunk(2, dim=-1)
+    gate, up, slope = raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit), slope_TF.to(dtype)
     share = torch.sigmoid(alpha * gate)
     by_gate = slope * (up + 1) * (share + alpha * gate * share * (1 - share)) * (raw_gate <= limit)
     by_up = slope * gate * share * (raw_up.abs() <= limit)
@@ -55,7 +102,8 @@ def by_halves(rows: torch.Tensor) -> torch.Tensor:
 
 def activated(gate_up_TR: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
     """Return the activations [T, F] of pre-activations [T, 2F], gates then ups."""
-    if native.takes(gate_up_TR, torch.bfloat16, torch.float32):
+    # the compiled pass writes where autograd does not see it
+    if not gate_up_TR.requires_grad and native.takes(gate_up_TR, torch.bfloat16, torch.float32):
         return native.swiglu(gate_up_TR, limit, alpha)
     gate_TF, up_TF = gate_up_TR.chunk(2, dim=-1)
     return swiglu(gate_TF, up_TF, limit, alpha)
@@ -91,7 +139,7 @@ def experts_torch(
     x_TD: torch.Tensor,
     index_TK: torch.Tensor,
     prob_TK: torch.Tensor,
-    packed: PackedExperts,
+    packed: PackedExperts | MappedExperts,
     limit: float,
     alpha: float,
 ) -> torch.Tensor:
@@ -99,13 +147,41 @@ def experts_torch(
     out_TD = torch.zeros_like(x_TD)
     for expert in torch.unique(index_TK).tolist():
         token, slot = tokens_of(index_TK, expert)
-        w13 = int4.weights(packed.w13_packed[expert], packed.w13_scale[expert], x_TD.dtype)
-        act = gated(x_TD[token], w13, packed.w13_bias[expert].to(x_TD.dtype), limit, alpha)
+        of = packed.of(expert)
+        w13 = int4.weights(of.w13_packed, of.w13_scale, x_TD.dtype)
+        act = gated(x_TD[token], w13, of.w13_bias.to(x_TD.dtype), limit, alpha)
         del w13
-        w2 = int4.weights(packed.w2_packed[expert], packed.w2_scale[expert], x_TD.dtype)
-        y = act @ w2.T + packed.w2_bias[expert].to(x_TD.dtype)
+        w2 = int4.weights(of.w2_packed, of.w2_scale, x_TD.dtype)
+        y = act @ w2.T + of.w2_bias.to(x_TD.dtype)
         out_TD.index_add_(0, token, y * prob_TK[token, slot, None].to(x_TD.dtype))
     return out_TD
 
 
-EXPERT_KERNELS: dict[str, Callable[..., torch.Tensor]] = {"torch": experts_torch}
+def experts_gradient(
+    slope_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    prob_TK: torch.Tensor,
+    packed: PackedExperts | MappedExperts,
+    limit: float,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients (by x [T, D], by prob [T, K]) of `experts_torch` for the gradient by its output.
+
+    Written out, with the forward pass done again one expert at a time: nothing of the size of the weights is kept.
+    Works in float32 where x is narrower; on a CPU that is also faster.
+    """
+    dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    by_x, by_prob = torch.zeros_like(x_TD, dtype=dtype), torch.zeros_like(prob_TK, dtype=dtype)
+    for expert in torch.unique(index_TK).tolist():
+        token, slot = tokens_of(index_TK, expert)
+        of = packed.of(expert)
+        slope = slope_TD[token].to(dtype)
+        w13 = by_halves(int4.dequantize(int4.unpack(of.w13_packed), of.w13_scale, dtype))
+        gate_up = functional.linear(x_TD[token].to(dtype), w13, by_halves(of.w13_bias.to(dtype)))
+        by_act = slope @ int4.dequantize(int4.unpack(of.w2_packed), of.w2_scale, dtype)
+        of_act = (by_act * activated(gate_up, limit, alpha)).sum(-1)
+        by_prob[token, slot] = of_act + slope @ of.w2_bias.to(dtype)
+        by_act *= prob_TK[token, slot, None].to(dtype)
+        by_x.index_add_(0, token, swiglu_slope(gate_up, by_act, limit, alpha) @ w13)
+    return by_x.to(x_TD.dtype), by_prob.to(prob_TK.dtype)

@@ -26,8 +26,19 @@ from typing import Protocol
 import torch
 
 HEADER = Path(__file__).with_name("native.h")
-SOURCES = tuple(HEADER.with_name(name) for name in ("native_solve.cpp", "native_passes.cpp"))
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-fPIC")
+LINK = ("-shared", "-pthread", "-ldl")
+# loops of quantization: for the processor that compiles them; products: for every set, chosen among at run time
+NATIVE = tuple(HEADER.with_name(name) for name in ("native_solve.cpp", "native_passes.cpp"))
+EXPERTS, DOT, DOT_HEADER = (
+    HEADER.with_name(name) for name in ("native_experts.cpp", "native_dot.cpp", "native_dot.h")
+)
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+INSTRUCTION_SETS = {"portable": ()} | (
+    {"avx2": ("-mavx2", "-mfma"), "avx512": _AVX512, "avx512vnni": (*_AVX512, "-mavx512vnni")}
+    if platform.machine() in ("x86_64", "AMD64")
+    else {}
+)
 MAX_BLOCK = 128  # kMaxBlock of native_solve.cpp
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 
@@ -44,11 +55,40 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def _compile(compiler: str, scratch: Path) -> list[str]:
+    """Compile every source into `scratch` and return the objects, without sets that the compiler does not know."""
+
+    def one(source: Path, name: str, *flags: str) -> str:
+        made = str(scratch / f"{name}.o")
+        subprocess.run(
+            [compiler, *FLAGS, *flags, "-c", str(source), "-o", made], check=True, capture_output=True, text=True
+        )
+        return made
+
+    def isa(name: str, flags: tuple[str, ...]) -> str | None:
+        try:
+            return one(DOT, f"dot_{name}", f"-DISA={name}", *flags)
+        except subprocess.CalledProcessError:
+            if name == "portable":
+                raise
+            return None
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        native = [pool.submit(one, source, source.stem, "-march=native") for source in NATIVE]
+        dots = {name: pool.submit(isa, name, flags) for name, flags in INSTRUCTION_SETS.items()}
+        made = {name: path for name, future in dots.items() if (path := future.result())}
+        return [
+            *(future.result() for future in native),
+            *made.values(),
+            one(EXPERTS, "experts", *(f"-DHAS_{name}" for name in made)),
+        ]
+
+
 def _build(compiler: str, make: bool = True) -> Path:
     """Return the compiled library, from the cache or made now; OSError or CalledProcessError where that fails."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    texts = [path.read_text(encoding="utf-8") for path in (HEADER, *SOURCES)]
-    key = "\0".join([*texts, version, *FLAGS, platform.machine(), _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (HEADER, DOT_HEADER, *NATIVE, EXPERTS, DOT)]
+    key = "\0".join([*texts, version, *FLAGS, *LINK, str(INSTRUCTION_SETS), platform.machine(), _processor()])
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_quantize"
     if (cache / name).is_file() or not make:
@@ -56,8 +96,8 @@ def _build(compiler: str, make: bool = True) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch, name)
-        files = [*map(str, SOURCES), "-o", str(made)]
-        subprocess.run([compiler, *FLAGS, *files], check=True, capture_output=True, text=True)
+        objects = _compile(compiler, Path(scratch))
+        subprocess.run([compiler, *objects, *LINK, "-o", str(made)], check=True, capture_output=True, text=True)
         made.replace(cache / name)
     return cache / name
 

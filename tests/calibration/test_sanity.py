@@ -5,17 +5,16 @@ import math
 
 import pytest
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
-from gptoss_quantize import api, sanity
-from gptoss_quantize.api import quantize_model
+from gptoss_quantize import api
+from gptoss_quantize.calibration import sanity
 from gptoss_quantize.calibration.sanity import counting, look, suspicion
-from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
+from gptoss_quantize.calibration.text import load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
+from gptoss_quantize.quantize.run import quantize_checkpoint
 
 V = 49152
 
@@ -77,91 +76,67 @@ def test_a_model_without_a_template_is_looked_at_too(tiny):
     assert got["chat_perplexity"] is None and got["tokens"] == 96
 
 
+TEXT = {"tokens": 256, "seq_len": 64, "device": "cpu", "dtype": "float32"}
+
+
 @pytest.mark.parametrize("method", ["rtn-signed", "gptq"])
-def test_quantize_says_it_before_the_first_layer_and_in_the_report(tiny, tmp_path, monkeypatch, method):
-    console = Console(record=True, width=400)
-    events = []
-    real = api.look
-
-    def spied(*args):
-        events.append("look")
-        return real(*args)
-
-    monkeypatch.setattr(api, "look", spied)
-    job = Job(dest=tmp_path / "out", method=method, recipe=RECIPES[method], device="cpu", dtype=torch.float32)
-    with Progress(console=console, disable=True) as bar:
-        report = quantize_model(str(tiny.path("float32")), TextSpec(tokens=256, seq_len=64), job, bar=bar)
-    said = console.export_text()
-    assert events == ["look"] and said.count("SUSPECT") == 1
-    assert "above half of its vocabulary of 300" in said and str(tiny.path("float32")) in said
-    assert report["suspect"] == report["sanity"]["suspect"] and report["suspect"] in said.replace("\n", " ")
+def test_quantize_says_it_before_the_first_layer_and_in_the_report(tiny, tmp_path, method):
+    phases = []
+    with pytest.warns(UserWarning, match="above half of its vocabulary of 300") as said:
+        made = api.quantize(
+            tiny.path("float32"),
+            tmp_path / "out",
+            method,
+            **TEXT,
+            progress=lambda phase, *at: phases.append((phase, *at)),
+        )
+    assert len(said) == 1 and str(tiny.path("float32")) in str(said[0].message)
+    looked = max(i for i, (phase, *_) in enumerate(phases) if "predict text" in phase)
+    layers = [i for i, (phase, done, _) in enumerate(phases) if phase.startswith(method) and done]
+    assert len(layers) == 3 and looked < min(layers)
+    report = made.report
+    assert report["suspect"] == report["sanity"]["suspect"] and report["suspect"] in str(said[0].message)
     written = json.loads((tmp_path / "out" / "quantization_report.json").read_text(encoding="utf-8"))
     assert written["suspect"] == report["suspect"]
 
 
-def test_a_resumed_run_does_not_look_again_and_writes_the_same_bytes(tiny, tmp_path, monkeypatch):
-    text = TextSpec(tokens=256, seq_len=64)
+@pytest.mark.filterwarnings("ignore:.*vocabulary:UserWarning")
+def test_a_resumed_run_does_not_look_again_and_writes_the_same_bytes(tiny, tmp_path):
+    phases = []
 
-    def run(dest, resume=False):
-        job = Job(dest=dest, method="gptq", recipe=RECIPES["gptq"], device="cpu", dtype=torch.float32, resume=resume)
-        with Progress(disable=True) as bar:
-            return quantize_model(str(tiny.path("float32")), text, job, bar=bar)
+    def run(dest, stop_at=None, **options):
+        def progress(phase, done, total):
+            phases.append(phase)
+            if done == stop_at and phase.startswith("gptq"):
+                raise KeyboardInterrupt
+
+        return api.quantize(tiny.path("float32"), dest, "gptq", **TEXT, progress=progress, **options).report
 
     whole = run(tmp_path / "whole")
-    from gptoss_quantize.quantize import run as runs
-
-    real, calls = runs.write_layer, []
-
-    def stop(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(runs, "write_layer", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut")
-    monkeypatch.setattr(runs, "write_layer", real)
-
-    def forbidden(*args):
-        raise AssertionError("looked again")
-
-    monkeypatch.setattr(api, "look", forbidden)
+        run(tmp_path / "cut", stop_at=1)
+    assert any("predict text" in phase for phase in phases)
+    phases.clear()
     report = run(tmp_path / "cut", resume=True)
+    assert not any("predict text" in phase for phase in phases)
     assert report["sanity"] == whole["sanity"] and report["suspect"]
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
-def test_the_look_changes_no_byte_of_the_weights(tiny, tmp_path, monkeypatch):
-    for name, found in (("with", api._look), ("without", lambda *args: None)):
-        monkeypatch.setattr(api, "_look", found)
-        job = Job(dest=tmp_path / name, method="rtn", recipe=RECIPES["rtn"], device="cpu")
-        with Progress(disable=True) as bar:
-            report = quantize_model(str(tiny.path("bf16")), TextSpec(tokens=256, seq_len=64), job, bar=bar)
-        assert (report["sanity"] is None) == (name == "without")
+@pytest.mark.filterwarnings("ignore:.*vocabulary:UserWarning")
+def test_the_look_changes_no_byte_of_the_weights(tiny, tmp_path):
+    api.quantize(tiny.path("bf16"), tmp_path / "with", "rtn", device="cpu")
+    job = Job(dest=tmp_path / "without", method="rtn", recipe=RECIPES["rtn"], device="cpu")
+    assert quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, None)["sanity"] is None
     for path in (tmp_path / "with").iterdir():
         if path.name != "quantization_report.json":
             assert path.read_bytes() == (tmp_path / "without" / path.name).read_bytes(), path.name
 
 
-def test_evaluate_names_a_suspect_baseline(tiny, int4_of_tiny):
-    with Progress(disable=True) as bar:
-        record = api.evaluate_models(
-            str(tiny.path("float32")),
-            {"int4": int4_of_tiny},
-            text=TextSpec(source="heldout", tokens=96, seq_len=48, shuffle=False),
-            bar=bar,
-        )
+def test_evaluate_names_a_suspect_baseline(tiny, tmp_path):
+    job = Job(dest=tmp_path / "int4", method="rtn", recipe=RECIPES["rtn"], device="cpu")
+    quantize_checkpoint(Checkpoint(tiny.path("float32")), job, None)
+    record = api.evaluate(tmp_path / "int4", tiny.path("float32"), tokens=96, seq_len=48).report
     assert "above half of its vocabulary of 300" in record["suspect"]
     assert [record["suspect"] in words for words in record["warnings"]] == [True]
-
-
-@pytest.fixture(scope="module")
-def int4_of_tiny(tiny, tmp_path_factory):
-    """An int4 checkpoint of the tiny float32 model."""
-    dest = tmp_path_factory.mktemp("int4") / "int4"
-    job = Job(dest=dest, method="rtn", recipe=RECIPES["rtn"], device="cpu")
-    with Progress(disable=True) as bar:
-        quantize_model(str(tiny.path("float32")), TextSpec(tokens=256, seq_len=64), job, bar=bar)
-    return dest

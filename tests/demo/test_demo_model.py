@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gptoss_quantize.demo import demo_model, reexpress, smollm2
+from gptoss_quantize.demo import model as demo_model
+from gptoss_quantize.demo import reexpress, smollm2
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import mxfp4
 

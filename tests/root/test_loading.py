@@ -13,7 +13,8 @@ import gptoss_quantize
 from gptoss_quantize import loading
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, native
+from gptoss_quantize.kernels.experts import PackedExperts
 from gptoss_quantize.layouts import INT4, dense_shapes, expert_shapes
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.quantize.job import Job
@@ -100,14 +101,17 @@ def test_experts_stay_packed(quantized, group_size):
     path = quantized(group_size=group_size, method="rtn-signed")
     model = gptoss_quantize.load(path)
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
-    buffers = {name: b for name, b in model.named_buffers() if ".experts." in name}
-    biases = sum(b.numel() * b.element_size() for name, b in buffers.items() if name.endswith("_bias"))
+    layers = [block.mlp.experts.experts() for block in model.model.layers]
+    parts = [
+        (name, getattr(layer.of(e), name)) for layer in layers for e in range(8) for name in PackedExperts.__slots__
+    ]
+    biases = sum(t.nbytes for name, t in parts if name.endswith("_bias"))
     experts = loading.weight_bytes(model.model.layers) - sum(
         p.numel() * p.element_size() for p in model.model.layers.parameters()
     )
     assert 8 * (experts - biases) / EXPERT_WEIGHTS == int4.bits_per_weight(320, group_size) == 4 + 16 / group_size
-    assert {b.dtype for name, b in buffers.items() if name.endswith("_packed")} == {torch.int32}
-    assert {b.dtype for name, b in buffers.items() if not name.endswith("_packed")} == {torch.bfloat16}
+    assert {t.dtype for name, t in parts if name.endswith("_packed")} == {torch.int32}
+    assert {t.dtype for name, t in parts if not name.endswith("_packed")} == {torch.bfloat16}
     assert not [name for name, _ in model.named_parameters() if ".experts." in name]
     rotary = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if "rotary" in n)
     assert loading.weight_bytes(model) == dense + experts + rotary
@@ -115,6 +119,91 @@ def test_experts_stay_packed(quantized, group_size):
     # transformers keeps norms in float32
     assert {p.dtype for n, p in model.named_parameters() if "norm" in n} == {torch.float32}
     assert {p.dtype for n, p in model.named_parameters() if "norm" not in n} == {torch.bfloat16}
+
+
+def stock(path, config) -> GptOssForCausalLM:
+    """Stock transformers in float32, its weights multiplied out of codes and scales; eager, as ours is."""
+    checkpoint = Checkpoint(path)
+    state = {name: checkpoint.dense(name).float() for name in dense_shapes(checkpoint.config)}
+    for i in range(checkpoint.config.layers):
+        base, experts = f"model.layers.{i}.mlp.experts.", list(checkpoint.experts(i))
+        state[base + "gate_up_proj"] = torch.stack([e.gate_up.T for e in experts])
+        state[base + "down_proj"] = torch.stack([e.down.T for e in experts])
+        state[base + "gate_up_proj_bias"] = torch.stack([e.gate_up_bias for e in experts])
+        state[base + "down_proj_bias"] = torch.stack([e.down_bias for e in experts])
+    model = GptOssForCausalLM(config).float().eval()
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_gradients_are_those_of_stock_transformers(tiny, quantized, kernel):
+    # what trains through packed experts must not be wrong in silence: attention, and the router's weights
+    path, ids = quantized("bf16", "gptq"), tiny.ids(2, 24)
+    gradients = []
+    for model in (stock(path, tiny.model().config), gptoss_quantize.load(path, dtype=torch.float32, kernel=kernel)):
+        model.requires_grad_(True)
+        model(ids, labels=ids).loss.backward()
+        layers = model.model.layers
+        names = [("q_proj", layer.self_attn.q_proj.weight.grad) for layer in layers]
+        gradients.append(names + [("router", layer.mlp.router.weight.grad) for layer in layers])
+    for (name, theirs), (_, ours) in zip(*gradients, strict=True):
+        assert torch.cosine_similarity(theirs.flatten(), ours.flatten(), dim=0) > 1 - 1e-6, name
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_compiled_without_a_break(tiny, quantized):
+    model = gptoss_quantize.load(quantized(), dtype=torch.float32)
+    experts = model.model.layers[1].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 192, generator=generator)
+    index = torch.stack([torch.randperm(8, generator=generator)[:4] for _ in range(9)])
+    prob = torch.softmax(torch.randn(9, 4, generator=generator), -1)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for call, given in zip((experts, compiled), plain, strict=True):
+        call(given, index, prob).square().sum().backward()
+    assert torch.equal(plain[0].grad, plain[1].grad)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, index, prob), experts(x, index, prob))
+
+
+def test_experts_are_mapped_not_copied(quantized):
+    model = gptoss_quantize.load(quantized())
+    experts = [block.mlp.experts.experts() for block in model.model.layers]
+    sizes = {file.stat().st_size for file in quantized().glob("*.safetensors")}
+    assert all(storage.nbytes in sizes for layer in experts for storage in layer.storages)
+    # stacked for another device, the same numbers
+    stacked = experts[1].stack()
+    one = stacked.of(3)
+    for name in PackedExperts.__slots__:
+        assert torch.equal(getattr(one, name), getattr(experts[1].of(3), name))
+
+
+def test_a_file_that_changed_is_not_mapped(damaged, monkeypatch):
+    shard = sorted(damaged.glob("*.safetensors"))[-1]
+    checkpoint = Checkpoint(damaged)
+    file = next(checkpoint.shard(name) for name in checkpoint.names() if checkpoint.shard(name).path == shard)
+    shard.write_bytes(shard.read_bytes() + b" ")
+    refused(file.map, str(shard), "changed", "start again")
+
+
+def test_slow_paths_say_so(quantized, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "problem", lambda: "no C++ compiler found")
+    with pytest.warns(UserWarning, match=r"experts run in plain torch.*slower.*no C\+\+ compiler found"):
+        gptoss_quantize.load(quantized())
+
+
+@pytest.mark.parametrize("name", ["w13_weight_scale", "w2_bias"])
+def test_damaged_numbers_are_refused(damaged, name):
+    name = f"model.layers.1.mlp.experts.3.{name}"
+
+    def poison(tensors):
+        tensors[name].view(-1)[5] = float("nan")
+
+    edit_shard(damaged, name, poison)
+    refused(lambda: gptoss_quantize.load(damaged), name, "1 NaN or infinite values")
 
 
 def test_every_tensor_is_the_expected_one(quantized):
@@ -243,7 +332,7 @@ def test_not_int4_and_not_there(tiny, tmp_path):
 
 
 def test_unknown_kernel(quantized):
-    refused(lambda: gptoss_quantize.load(quantized(), kernel="fast"), "kernel 'fast'", "known: torch")
+    refused(lambda: gptoss_quantize.load(quantized(), kernel="fast"), "kernel 'fast'", "known: auto, torch")
 
 
 def test_adapter_on_int4(quantized, tiny, tmp_path):

@@ -138,10 +138,13 @@ def test_packaged_data_is_complete_and_small(package):
             assert len(rows) > 1 and all(row["text"].strip() for row in rows)
 
 
+CPP = (".h", "_dot.h", "_dot.cpp", "_experts.cpp", "_passes.cpp", "_solve.cpp")
+
+
 def test_only_data_folders_hold_anything_but_python():
     for package in FOLDERS:
         other = {p.name for p in folder(package).iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")}
         assert other == {
             "gptoss_quantize": {"py.typed"},
-            "gptoss_quantize.kernels": {"native.h", "native_solve.cpp", "native_passes.cpp"},
+            "gptoss_quantize.kernels": {f"native{name}" for name in CPP},
         }.get(package, set()), package
