@@ -19,7 +19,6 @@ from gptoss_quantize.hub import resolve
 from gptoss_quantize.machine import compute_dtype, pick_device
 from gptoss_quantize.talk import Piece, Pieces, Spoken, reader, speaks_harmony
 
-OnText = Callable[[str], object]
 PROBE = "what-an-assistant-says"
 
 
@@ -75,7 +74,7 @@ def generate(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "bfloat16",
-    on_text: OnText | None = None,
+    on_text: Callable[[str], object] | None = None,
 ) -> str:
     """Return the answer of a checkpoint, by default the greedy one; int4 experts of ours stay packed in memory.
 
@@ -113,7 +112,7 @@ def speak(
     raw: bool = False,
     sampling: Sampling = GREEDY,
     on: tuple[str, str] = ("auto", "bfloat16"),
-    on_text: OnText | None = None,
+    on_text: Callable[[str], object] | None = None,
 ) -> Answer:
     """Return what `generate` does, with its speed; `on` are device and dtype."""
     at_least(1, max_new_tokens=max_new_tokens)
