@@ -128,7 +128,8 @@ class Screen:
         label = f"[{channel} to {recipient}] " if recipient else f"[{channel}] "
         # dim text needs no name where it can only be thinking; after it the answer needs one where nothing is dim
         named = recipient is not None or (aside and channel != "analysis") or (not self.colour and self._names(aside))
-        self._code("\x1b[2m" if aside else "\x1b[0m")
+        if aside or self._part is not None:
+            self._code("\x1b[2m" if aside else "\x1b[0m")
         if named:
             self.write(label)
             self._at_start = False

@@ -243,6 +243,15 @@ def test_an_interrupted_step_leaves_a_cache_that_is_right(plain, layer, call):
     assert reply.made.read < reply.prompt
 
 
+def test_a_turn_ends_where_the_template_says_so(plain):
+    whole = Conversation(plain, max_new_tokens=12).ask("The sea", silent)
+    ids = whole.made.ids.tolist()
+    talk = Conversation(plain, max_new_tokens=12)
+    talk.stops = [ids[5]]
+    reply = talk.ask("The sea", silent)
+    assert reply.made.ids.tolist() == ids[: ids.index(ids[5]) + 1] and whole.cut and not reply.cut
+
+
 def test_a_seed_makes_a_conversation_repeat(plain):
     def both(seed: int) -> list[str]:
         talk = Conversation(plain, max_new_tokens=12, sampling=Sampling(temperature=1.0, seed=seed))
