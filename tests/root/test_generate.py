@@ -136,7 +136,8 @@ def started(tiny, tokenizer, tmp_path):
     def start(pause: float, *more: str) -> subprocess.Popen:
         (tmp_path / "script.json").write_text(json.dumps({"answers": [ids], "pause": pause}))
         words = ["generate", str(tiny.path("bf16")), "--prompt", "hi", *more]
-        environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONSAFEPATH": "1"}
+        # empty: as if it were not set, so that only our own flushing is seen
+        environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": ""}
         return subprocess.Popen(
             [sys.executable, SCRIPTED, tmp_path / "script.json", *words],
             stdout=subprocess.PIPE,
