@@ -169,7 +169,10 @@ class Conversation:
         self._head = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, Any]] = list(self._head)
         self.stops = turn_ends(speaker.tokenizer, str(speaker.path))
-        self._cache, self._read, self._answers = DynamicCache(), [], 0
+        self._read: list[int] = []
+        # typed as anything: transformers' layers may be of kinds that this model has none of
+        self._cache: Any = DynamicCache()
+        self._answers = 0
         self._speaking = self._stopping = False
 
     def reset(self) -> None:

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -126,18 +127,22 @@ def cards() -> list[dict[str, Any]]:
             {
                 "name": card.name,
                 "memory": card.total_memory,
-                "free": _tried(lambda i=i: torch.cuda.mem_get_info(i)[0]),
+                "free": _tried(partial(_free_of, torch, i)),
                 "compute capability": f"{card.major}.{card.minor}",
             }
         )
     return found
 
 
+def _free_of(torch: Any, card: int) -> int:
+    return int(torch.cuda.mem_get_info(card)[0])
+
+
 def kernels() -> dict[str, str]:
     """Return which kernel packed experts would run in on each kind of device, and why."""
     torch = importlib.import_module("torch")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {device: _tried(lambda device=device: _kernel(device)) for device in devices}
+    return {device: _tried(partial(_kernel, device)) for device in devices}
 
 
 def _kernel(device: str) -> str:
