@@ -164,7 +164,7 @@ def first_look(
     {"untried": why} where a method that needs no text has no tokenizer either; None where the tokens do not fit.
     """
     try:
-        tokenizer = load_tokenizer(source.path)
+        tokenizer = load_tokenizer(source.side)
         packaged = TextSpec(tokens=LOOK_TOKENS, seq_len=LOOK_LENGTH)
         ids = load_tokens(packaged, tokenizer).ids if tokens is None else tokens.ids
     except InputError as error:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,6 +40,7 @@ from gptoss_quantize.calibration.messages import RowError
 from gptoss_quantize.calibration.rows import Conversation
 from gptoss_quantize.calibration.sources import Row, describe
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.tokenizer_files import SideFiles, default_template, dump_config, side_files
 
 __all__ = [
     "DATE",
@@ -133,23 +135,34 @@ class Tokens:
         return "; ".join(filter(None, [used, self.counts.line()]))
 
 
-def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint directory; never asks the network."""
-    folder = Path(model_dir)
-    file = folder / "tokenizer.json"
+def load_tokenizer(model: str | Path | SideFiles) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint, a directory or `Checkpoint.side`; never asks the network."""
     remedy = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original model there"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such directory; expected a checkpoint with its tokenizer")
-    if not file.is_file():
+    if not isinstance(model, SideFiles):
+        if not Path(model).is_dir():
+            raise InputError(f"{model}: no such directory; expected a checkpoint with its tokenizer")
+        model = side_files(Path(model))
+    folder, file = model.path, model.files.get("tokenizer.json")
+    if file is None:
         raise InputError(f"{folder}: has no tokenizer.json; {remedy}")
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises nothing narrower
         raise InputError(f"{file}: not a tokenizer ({error}); {remedy}") from error
+    default_template(model.template, folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: the tokenizer does not load ({error}); {remedy}") from error
+        with model.staged() as place:
+            if (folder / "config.json").is_file():
+                dump_config(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        # transformers reads config.json for it as well
+        raise InputError(
+            f"{folder}: the tokenizer does not load ({error}); correct tokenizer_config.json or config.json, "
+            f"whichever is meant, or {remedy}"
+        ) from error
+    tokenizer.name_or_path = str(file.parent)
+    return tokenizer
 
 
 def load_tokens(spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> Tokens:

@@ -104,7 +104,7 @@ def open_models(baseline: Checkpoint, candidates: Mapping[str, Checkpoint], dest
     models: list[Model] = []
     vocabulary = None
     for name, checkpoint in {"baseline": baseline, **candidates}.items():
-        tokenizer = load_tokenizer(checkpoint.path)
+        tokenizer = load_tokenizer(checkpoint.side)
         own = tokenizer.get_vocab()
         if vocabulary is None:
             vocabulary = own

@@ -26,12 +26,13 @@ def fidelity(
 
     All candidates are measured on the baseline's tokens.
     """
-    tokenizer = load_tokenizer(baseline.path)
+    tokenizer = load_tokenizer(baseline.side)
     tokens = load_tokens(text, tokenizer)
     for name, candidate in candidates.items():
-        if load_tokenizer(candidate.path).get_vocab() != tokenizer.get_vocab():
+        if load_tokenizer(candidate.side).get_vocab() != tokenizer.get_vocab():
             raise InputError(
-                f"{name}: its tokenizer differs from the baseline's; the same text is not the same tokens"
+                f"{name}: its tokenizer differs from the baseline's, and the same text is not the same tokens: copy "
+                "tokenizer.json from the model that it was made from"
             )
     started = time.perf_counter()
     step = counter(progress, "evaluate: layer", baseline.config.layers * (1 + len(candidates)))

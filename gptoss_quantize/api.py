@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size
+from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size, tell_notes
 from gptoss_quantize.api_measure import compare, evaluate
 from gptoss_quantize.api_runtimes import export, import_checkpoint, plan, verify
 from gptoss_quantize.api_talk import generate
@@ -26,6 +26,8 @@ from gptoss_quantize.calibration.text import TextSpec, load_following, load_toke
 from gptoss_quantize.layouts import pick_layout
 from gptoss_quantize.loading import load, register
 from gptoss_quantize.machine import pick_device, release_memory
+from gptoss_quantize.progress import phases
+from gptoss_quantize.quantize.auto import settle_format
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.polish import text_needed
 from gptoss_quantize.quantize.ranks import joined
@@ -80,7 +82,7 @@ def quantize(
         model: a gpt-oss directory (bf16, fp16, fp32 or MXFP4 experts), or a hub name.
         out: the directory to write; it must not exist, or be empty.
         method: gptq, awq, awq+gptq, rtn or rtn-signed.
-        format: int4 (ours), or mxfp4 (OpenAI's own layout).
+        format: int4 (ours), mxfp4 (OpenAI's own layout), or auto (mxfp4 where that keeps every expert exactly).
         group_size: weights per scale of int4, 64 (also None) or 32.
         dense: source, or int8 for attention, embedding and head in 8 bits.
         calibration: default, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][@SPLIT].
@@ -126,13 +128,17 @@ def quantize(
         chat_template=chat_template,
     )
     source, calibrating = open_checkpoint(model, adapter, revision), None
+    tell_notes(progress, source)
+    with showing(progress) as show:
+        on_grid = phases(show)("MXFP4 values: layer")
+        job = settle_format(source, job, lambda done: on_grid(done, source.config.layers))
     if job.recipe.calibrated:
-        tokenizer = load_tokenizer(source.path)
+        tokenizer = load_tokenizer(source.side)
         calibrating = load_tokens(text, tokenizer)
-        if polish:
+        if job.polish:
             job = replace(job, polish_text=load_following(text, tokenizer, text_needed(polish, seq_len)))
     with showing(progress) as show, joined(job.device) as ranks:
-        layers, phase = source.config.layers, f"{method} {format} group {group}: layer"
+        layers, phase = source.config.layers, f"{job.method} {job.format} group {job.group_size}: layer"
 
         def on_layer(index: int) -> None:
             show(phase, index + 1, layers)
@@ -163,5 +169,5 @@ def quantize(
         )
     if not ranks.rank:
         release_memory()
-        check_written(source, job.dest, awq=job.recipe.awq, polished=polish > 0)
+        check_written(source, job.dest, awq=job.recipe.awq, polished=job.polish > 0)
     return Quantized(job.dest, report)

@@ -12,6 +12,7 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.hub import resolve
 from gptoss_quantize.machine import compute_dtype
 from gptoss_quantize.progress import Progress
+from gptoss_quantize.terminal import tell
 from gptoss_quantize.units import parse_size
 
 Place: TypeAlias = str | Path
@@ -57,3 +58,10 @@ def words(value: str | Sequence[str]) -> list[str]:
 def open_checkpoint(model: Place, adapter: Place | None = None, revision: str | None = None) -> Checkpoint:
     """Return a checked checkpoint for a directory or hub name, with an optional LoRA adapter."""
     return Checkpoint(resolve(str(model), revision), None if adapter is None else Adapter.open(Path(adapter)))
+
+
+def tell_notes(progress: Show, *checkpoints: Checkpoint) -> None:
+    """Say what was read otherwise than the folders say at first sight."""
+    for checkpoint in checkpoints:
+        for note in checkpoint.notes:
+            tell(progress, f"note: {note}")

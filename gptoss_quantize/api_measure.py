@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptoss_quantize import progress as steps
-from gptoss_quantize.api_inputs import Place, Places, Show, at_least, open_checkpoint, products, words
+from gptoss_quantize.api_inputs import Place, Places, Show, at_least, open_checkpoint, products, tell_notes, words
 from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
@@ -46,6 +46,7 @@ def evaluate(
     )
     base = open_checkpoint(baseline, adapter, revision)
     opened = {name: Checkpoint(path) for name, path in name_candidates(candidates).items()}
+    tell_notes(progress, base, *opened.values())
     with showing(progress) as show:
         return Evaluation(fidelity(base, opened, spec, products(dtype), show))
 
@@ -118,6 +119,7 @@ def compare(
     need_matplotlib()
     base, dest = open_checkpoint(baseline, adapter, revision), Path(out)
     opened = {name: Checkpoint(path) for name, path in name_candidates(candidates).items()}
+    tell_notes(progress, base, *opened.values())
     if dest.exists() and not dest.is_dir():
         raise InputError(f"{dest}: is a file; give a directory for the report (--report)")
     dest.mkdir(parents=True, exist_ok=True)

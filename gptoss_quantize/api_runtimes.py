@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptoss_quantize import progress as steps
-from gptoss_quantize.api_inputs import Place, Show, at_least, known, open_checkpoint, size, words
+from gptoss_quantize.api_inputs import Place, Show, at_least, known, open_checkpoint, size, tell_notes, words
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.results import Plan, Verification, Written
 from gptoss_quantize.runtimes import exports, imports
 from gptoss_quantize.runtimes import verify as verification
@@ -127,15 +128,17 @@ def verify(
     for name in names:
         known("--runtime", name, verification.RUNTIMES)
     opened = Checkpoint(Path(checkpoint))
-    tokenizer = load_tokenizer(opened.path)
+    tell_notes(progress, opened)
+    tokenizer = load_tokenizer(opened.side)
     spec = TextSpec(source=str(text), tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
     ids = load_tokens(spec, tokenizer).ids
+    check_ids(ids, opened.config.vocab, f"{checkpoint}: the text")
     with showing(progress) as show:
         job = verification.Job(
             checkpoint=opened,
             baseline=None if baseline is None else open_checkpoint(baseline),
             ids=ids,
-            positions=verification.spread(seq_len, positions),
+            positions=verification.spread(seq_len, min(positions, seq_len)),
             texts=[str(tokenizer.decode(row)) for row in ids],
             work=None if work is None else Path(work),
             llama_server=None if llama_server is None else Path(llama_server),

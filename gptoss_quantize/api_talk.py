@@ -17,6 +17,7 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.examples import GREEDY, Continuation, Sampling, ask, continuation, load_model
 from gptoss_quantize.hub import resolve
 from gptoss_quantize.machine import compute_dtype, pick_device
+from gptoss_quantize.prompts import check_ids, check_prompt
 from gptoss_quantize.talk import Piece, Pieces, Spoken, reader, speaks_harmony
 
 PROBE = "what-an-assistant-says"
@@ -31,17 +32,17 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
 
 
-def open_speaker(path: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> Speaker:
-    """Return the model of a directory on a device, whole in memory; int4 experts of ours stay packed."""
+def open_speaker(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, dtype: str, device: str) -> Speaker:
+    """Return the model of a checkpoint on a device, whole in memory; int4 experts of ours stay packed."""
     place = pick_device(device)
     products = DTYPES[known("--dtype", dtype, DTYPES)] or compute_dtype(place)
     try:
-        model = load_model(Checkpoint(path), products).to(place)
+        model = load_model(checkpoint, products).to(place)
     except torch.cuda.OutOfMemoryError:
         raise InputError(
-            f"{path}: does not fit into the memory of {place}; run it on the processor (--device cpu)"
+            f"{checkpoint.path}: does not fit into the memory of {place}; run it on the processor (--device cpu)"
         ) from None
-    return Speaker(path, model, tokenizer)
+    return Speaker(checkpoint.path, model, tokenizer)
 
 
 def chat_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -116,6 +117,7 @@ def speak(
 ) -> Answer:
     """Return what `generate` does, with its speed; `on` are device and dtype."""
     at_least(1, max_new_tokens=max_new_tokens)
+    check_prompt(prompt)
     path = resolve(str(model))
     tokenizer = load_tokenizer(path)
     if raw and not prompt:
@@ -123,6 +125,8 @@ def speak(
     if not raw and tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
     inputs = ask(prompt, tokenizer, "--prompt", raw=raw)
+    checkpoint = Checkpoint(path)
+    check_ids(inputs["input_ids"], checkpoint.config.vocab, f"{path}: the prompt")
     pieces, told = Pieces(tokenizer), on_text or (lambda text: None)
 
     def on_token(token: int) -> None:
@@ -130,7 +134,7 @@ def speak(
             told(text)
 
     device, dtype = on
-    speaker = open_speaker(path, tokenizer, dtype, device)
+    speaker = open_speaker(checkpoint, tokenizer, dtype, device)
     made = continuation(speaker.model, inputs, max_new_tokens, sampling=sampling, on_token=on_token)
     if text := pieces.rest():
         told(text)
@@ -196,6 +200,7 @@ class Conversation:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokens(asked)
+        check_ids(torch.tensor(ids), self.speaker.model.config.vocab_size, f"{self.speaker.path}: the conversation")
         room = self.speaker.model.config.max_position_embeddings - len(ids)
         if room < 1:
             raise InputError(

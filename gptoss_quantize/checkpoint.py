@@ -1,20 +1,20 @@
 """gpt-oss checkpoints, read one tensor and one expert at a time; never the whole model.
 
 How experts and the rest are stored is in `layouts`; whatever the format, an `Expert` has float weights with rows =
-outputs. Opening a checkpoint compares every name and shape with what the config promises, so that a wrong file is
-refused before any work starts; values are checked for NaN and infinity as they are read.
+outputs. Which files, names and settings a folder means is decided in `folder` and `names`. Opening a checkpoint
+compares every name and shape with what the config promises, so that a wrong file is refused before any work starts;
+values are checked for NaN and infinity as they are read.
 """
 
 from pathlib import Path
 
 import torch
 
-from gptoss_quantize.adapter import Adapter
-from gptoss_quantize.config import parse_config, read_json
+from gptoss_quantize.adapter import CONFIG_NAME, Adapter
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.folder import open_weights, read_config, settle
 from gptoss_quantize.layouts import (
     FLOAT,
-    LAYOUTS,
     PARTS,
     Layout,
     Stored,
@@ -23,27 +23,39 @@ from gptoss_quantize.layouts import (
     expert_shapes,
     layout_of,
 )
-from gptoss_quantize.shards import ShardFile, TensorInfo, Weights
+from gptoss_quantize.names import canonical, nearest
+from gptoss_quantize.shards import ShardFile, TensorInfo
 from gptoss_quantize.source import Expert, StoredSource
+from gptoss_quantize.tokenizer_files import side_files
 
-# names of our own first
-INDEX_NAMES = tuple(sorted({layout.index_name for layout in LAYOUTS.values()}))
-SINGLE_NAME = "model.safetensors"
+HEAD = "lm_head.weight"
 _INCOMPLETE = "config.json and weights are not of one whole model, get both from the source again"
-_INDEX_REMEDY = "get the index and all files it names from the source again"
 
 
 class Checkpoint(StoredSource):
-    """A checked gpt-oss directory: `config`, `layout` of experts, `dense_layout` of the rest, and tensors."""
+    """A checked gpt-oss directory: `config`, `layout` of experts, `dense_layout` of the rest, and tensors.
+
+    `side` are the tokenizer, template and licence that go with it; `notes` say what was read otherwise than it is
+    written.
+    """
 
     def __init__(self, path: Path, adapter: Adapter | None = None):
         self.path = path
         if not path.is_dir():
             raise InputError(f"{path}: not a directory; expected a Hugging Face gpt-oss directory")
-        self.config = parse_config(read_json(path / "config.json"), str(path / "config.json"))
-        self.adapter = adapter
-        self.weights = Weights(_open_shards(path))
+        if not (path / "config.json").is_file() and (path / CONFIG_NAME).is_file():
+            raise InputError(
+                f"{path}: is an adapter, not a model; give the base model as MODEL and this folder with --adapter"
+            )
+        self.config, self.notes = read_config(path)
+        shard_of, notes = open_weights(path)
+        self.weights, renamed = canonical(shard_of, self.config, str(path))
         self.layout = self._find_layout()
+        self.config, self.weights, settled = settle(self.config, self.weights, self.layout, str(path))
+        self.notes += notes + renamed + settled
+        self.adapter = adapter
+        self.side = side_files(path, None if adapter is None else adapter.path)
+        self.notes += self.side.notes
         self.dense_layout = dense_of(set(self.weights.names()))
         self.group_size = self._find_group_size()
         self._check_names_and_shapes()
@@ -53,7 +65,9 @@ class Checkpoint(StoredSource):
                     f"{path}: an adapter cannot be merged into {self.layout.name} experts; "
                     "give the bf16 or MXFP4 base"
                 )
-            adapter.check(self.shapes())
+            self.adapter, self.config, changed = adapter.onto(self.config)
+            self.notes += changed
+            self.adapter.check(self.shapes())
 
     @property
     def expert_format(self) -> str:
@@ -91,16 +105,19 @@ class Checkpoint(StoredSource):
 
     def dense(self, name: str) -> torch.Tensor:
         """Return a tensor outside the experts, adapter merged (in the stored dtype; float32 where it is in int8)."""
-        tensor = self.dense_layout.read(name, self.read)
-        if self.adapter is not None and name in self.adapter.targets:
-            tensor = self.adapter.merge(name, tensor)
-        return tensor
+        if self.adapter is None or name not in self.adapter.targets:
+            return self.dense_layout.read(name, self.read)
+        if (whole := self.adapter.replacement(name)) is not None:
+            # of a vocabulary of another size, perhaps
+            return self.adapter.merge(name, whole, out_dtype=self.dense_dtype(name))
+        return self.adapter.merge(name, self.dense_layout.read(name, self.read))
 
     def dense_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that `dense` gives for a tensor, which is not read."""
         if self.dense_layout.dtype is not None and self.dense_layout.packs(name):
             return self.dense_layout.dtype
-        return self.info(name).dtype
+        # an adapter may bring a head of its own to a tied model
+        return self.info(name if name in self.weights else "model.embed_tokens.weight").dtype
 
     def expert(self, layer: int, expert: int, dtype: torch.dtype = torch.float32) -> Expert:
         """Return one expert's weights in `dtype`, whatever the stored format, adapter merged in float32."""
@@ -133,11 +150,11 @@ class Checkpoint(StoredSource):
         if found is not None:
             return found
         base = "model.layers.0.mlp.experts."
-        there = [name for name in self.names() if name.startswith(base)][:3]
+        there = [name for name in self.names() if name.startswith(base)][:3] or self.names()[:1]
         raise InputError(
             f"{self.path}: no expert tensors of a known layout in layer 0; expected {base}gate_up_proj (bf16/fp16/"
-            f"fp32) or {base}gate_up_proj_blocks (MXFP4), found {there or 'none'}. A checkpoint that another tool "
-            "already quantized cannot be a source: start from the bf16 or MXFP4 original"
+            f"fp32) or {base}gate_up_proj_blocks (MXFP4), found {there or 'none'}"
+            + (f"; {nearest(there[0])}" if there else "")
         )
 
     def _find_group_size(self) -> int:
@@ -160,11 +177,28 @@ class Checkpoint(StoredSource):
             expected |= {f"model.layers.{i}.mlp.experts.{name}": stored for name, stored in inner.items()}
         return expected
 
+    def _check_experts_of_layers(self) -> None:
+        """Refuse layers with different numbers of experts, by name; config.json has one number."""
+        counts: dict[int, int] = {}
+        for layer in range(self.config.layers):
+            name = f"model.layers.{layer}.mlp.router.weight"
+            if name in self.weights:
+                counts[layer] = self.info(name).shape[0]
+        if len(set(counts.values())) > 1:
+            first, other = next((a, b) for a in counts for b in counts if counts[a] != counts[b])
+            raise InputError(
+                f"{self.path}: layer {first} has {counts[first]} experts, layer {other} has {counts[other]}; "
+                "gpt-oss has one number of experts for all layers (num_local_experts), and neither transformers "
+                "nor any runtime reads others: prune every layer to the same number"
+            )
+
     def _check_names_and_shapes(self) -> None:
+        self._check_experts_of_layers()
         expected = self._expected()
         for name, (shape, allowed) in expected.items():
             if name not in self.weights:
-                raise InputError(f"{self.path}: tensor {name} is missing; {_INCOMPLETE}")
+                tied = "if head and embedding are one, set tie_word_embeddings true; else " if name == HEAD else ""
+                raise InputError(f"{self.path}: tensor {name} is missing; {tied}{_INCOMPLETE}")
             info, file = self.info(name), self.weights.file(name)
             if info.shape != shape:
                 raise InputError(
@@ -177,34 +211,6 @@ class Checkpoint(StoredSource):
             raise InputError(
                 f"{self.weights.file(unknown[0])}: {len(unknown)} unknown tensor(s), first {unknown[0]}; "
                 f"a gpt-oss checkpoint with {self.layout.name} experts has none of that name, and dropping it "
-                "would change the model: take it out of the files, or use the original"
+                "would change the model: take it out of the files if it means nothing, or use the original"
+                + ("" if self.layout.packed else f"; {nearest(unknown[0])}")
             )
-
-
-def _open_shards(path: Path) -> dict[str, ShardFile]:
-    """Return tensor name -> open file, from the index if there is one; refuse an index that does not fit."""
-    index_path = next((path / name for name in INDEX_NAMES if (path / name).exists()), None)
-    if index_path is None:
-        if not (path / SINGLE_NAME).exists():
-            raise InputError(
-                f"{path}: no weights; expected {SINGLE_NAME} or one of {', '.join(INDEX_NAMES)}; download them"
-            )
-        single = ShardFile(path / SINGLE_NAME)
-        return dict.fromkeys(single.tensors, single)
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index_path}: no weight_map of tensor names to file names; {_INDEX_REMEDY}")
-    shards: dict[str, ShardFile] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
-            raise InputError(f"{index_path}: {name} points to {file!r}, which is no file name; {_INDEX_REMEDY}")
-        if file not in shards:
-            shards[file] = ShardFile(path / file)
-        if name not in shards[file].tensors:
-            raise InputError(
-                f"{path / file}: {name} is missing, though {index_path.name} places it there; {_INDEX_REMEDY}"
-            )
-    for file, shard in shards.items():
-        if extra := sorted(shard.tensors.keys() - weight_map.keys()):
-            raise InputError(f"{path / file}: {extra[0]} is not in {index_path.name}; {_INDEX_REMEDY}")
-    return {name: shards[file] for name, file in weight_map.items()}

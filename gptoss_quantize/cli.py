@@ -4,15 +4,13 @@ Exit codes: 0 done, 1 refused input (one message, no traceback), 2 usage error, 
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
-from rich.markup import escape
 
-from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk
+from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk, early
 from gptoss_quantize.cli_options import (
     AdapterOpt,
     ChatOpt,
@@ -30,12 +28,8 @@ from gptoss_quantize.cli_options import (
     SeqLenOpt,
 )
 from gptoss_quantize.cli_words import print_quantized
-from gptoss_quantize.errors import InputError
-from gptoss_quantize.terminal import console
-
-
-class StoppedError(Exception):
-    """Ctrl-C, as an exception that typer does not handle its own way: silently, or as exit code 1."""
+from gptoss_quantize.exits import StoppedError, one_message
+from gptoss_quantize.files import check_begin
 
 
 class Commands(typer.core.TyperGroup):
@@ -91,7 +85,10 @@ def quantize(
     ] = Method.gptq,
     target: Annotated[
         Format,
-        typer.Option("--format", help="int4: ours. mxfp4: OpenAI's own layout, which runs wherever gpt-oss runs."),
+        typer.Option(
+            "--format",
+            help="int4: ours. mxfp4: OpenAI's own layout. auto: mxfp4 where that keeps every expert exactly.",
+        ),
     ] = Format.int4,
     group_size: Annotated[
         Group | None, typer.Option(help="int4 only. 64 (default): 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
@@ -128,6 +125,20 @@ def quantize(
     ] = None,
 ) -> None:
     """Quantize the experts of MODEL to int4 or MXFP4 and write a packed checkpoint to OUT."""
+    early.check_input(model, adapter, revision)
+    early.check_quantize(
+        method=method.value,
+        recipe=recipe or [],
+        target=target.value,
+        group_size=None if group_size is None else int(group_size.value),
+        dense=dense.value,
+        polish=polish,
+    )
+    early.check_text(calibration, tokens, seq_len)
+    early.check_numbers(memory=memory, device=device)
+    if early.alone():
+        inputs = (Path(model), *([] if adapter is None else [adapter]))
+        check_begin(out, "quantize", overwrite=overwrite, resume=resume, inputs=inputs)
     from gptoss_quantize import api
 
     made = api.quantize(
@@ -166,11 +177,5 @@ for _name, _command in (
 
 def main() -> None:
     """Run the command line; refused input becomes one message and exit code 1."""
-    try:
+    with one_message():
         app()
-    except InputError as error:
-        console.print(f"[red]refused:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except (StoppedError, KeyboardInterrupt):
-        console.print("interrupted; nothing stands under the final name, continue with --resume where offered")
-        sys.exit(130)

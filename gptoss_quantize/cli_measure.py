@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gptoss_quantize import early
 from gptoss_quantize.cli_options import (
     AdapterOpt,
     ChatOpt,
@@ -21,8 +22,6 @@ from gptoss_quantize.cli_options import (
     RevisionOpt,
     SeqLenOpt,
     TextOpt,
-    check_json,
-    write_numbers,
 )
 from gptoss_quantize.terminal import console
 
@@ -50,9 +49,12 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Compare CANDIDATE with the unquantized model: perplexity, KL divergence, top-1 agreement."""
+    early.check_file(json_out, "--json")
+    early.check_input(baseline, adapter, revision, "--baseline")
+    early.check_input(candidate)
+    early.check_text(text, tokens, seq_len)
     from gptoss_quantize import api
 
-    check_json(json_out)
     found = api.evaluate(
         {str(candidate): candidate},
         baseline,
@@ -66,7 +68,7 @@ def evaluate(
         dtype=dtype.value,
         progress=True,
     )
-    write_numbers(json_out, found.report)
+    early.write_file(json_out, found.report)
     (result,) = found.report["results"].values()
     table = Table(title=escape(f"{candidate} against {baseline}, {result['tokens']} tokens"))
     table.add_column("measure")
@@ -76,7 +78,7 @@ def evaluate(
         error = result.get(name + "_se")
         table.add_row(name, f"{result[name]:.4f}", "" if error is None else f"{error:.4f}")
     print_warnings(found.report)
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 def print_warnings(record: dict[str, Any]) -> None:
@@ -116,6 +118,12 @@ def compare(
 
     Run again to continue an interrupted comparison or to add a checkpoint: what was computed is kept.
     """
+    early.check_report(report, "--report")
+    for path in candidates:
+        early.check_input(path)
+    early.check_input(baseline, adapter, revision, "--baseline")
+    for source in text or []:
+        early.check_text(source)
     from gptoss_quantize import api
 
     done = api.compare(

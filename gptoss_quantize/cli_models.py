@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gptoss_quantize import early
 from gptoss_quantize.cli_options import Method, WheelOpt
+from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing
 
 
@@ -25,6 +27,7 @@ def demo_model(
     ] = False,
 ) -> None:
     """Make a small real gpt-oss model from SmolLM2-135M, without any model hub."""
+    check_begin(dest, "demo-model", overwrite=None)
     from gptoss_quantize.demo.tour import make_demo_model
 
     with showing(True) as show:
@@ -126,6 +129,7 @@ def synthetic_model(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
 ) -> None:
     """Make a model of true shape with random weights, to measure time and memory."""
+    check_begin(dest, "synthetic-model", overwrite=None)
     from gptoss_quantize.demo.tour import make_synthetic_model
 
     with showing(True) as show:

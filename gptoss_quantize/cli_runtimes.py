@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize.cli_options import TextOpt, check_json, write_numbers
+from gptoss_quantize import early
+from gptoss_quantize.cli_options import TextOpt
+from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console
 
 
@@ -62,6 +64,9 @@ def export(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Write CHECKPOINT in another runtime's format, read it back and compare, bit for bit."""
+    early.check_export(to.value, dtype.value, dense_type.value, expert_type.value)
+    early.check_input(checkpoint)
+    check_begin(dest, f"export --to {to.value}", overwrite=overwrite, inputs=(Path(checkpoint),))
     from gptoss_quantize import api
 
     report = api.export(
@@ -114,6 +119,10 @@ def import_(
     overwrite: OverwriteOpt = False,
 ) -> None:
     """Rescue another tool's int4 checkpoint: find out which rows are the gate, and write it in our layout."""
+    early.check_input(source)
+    if split is Split.detect:
+        early.check_text(text, tokens, 128)
+    check_begin(out, "import", overwrite=overwrite, inputs=(source,))
     from gptoss_quantize import api
 
     report = api.import_checkpoint(
@@ -159,13 +168,17 @@ def verify(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
 ) -> None:
     """Load CHECKPOINT in each runtime installed here and compare predictions; exit code 1 when one disagrees."""
+    early.check_file(json_out, "--json")
+    early.check_input(checkpoint)
+    if baseline is not None:
+        early.check_input(baseline, what="--baseline")
+    early.check_text(text)
     from gptoss_quantize import api
     from gptoss_quantize.runtimes.verify import RUNTIMES
 
     names = tuple(name.strip() for name in runtime.split(","))
     if unknown := sorted(set(names) - set(RUNTIMES)):
         raise typer.BadParameter(f"unknown {unknown}; known: {', '.join(RUNTIMES)}", param_hint="--runtime")
-    check_json(json_out)
     found = api.verify(
         checkpoint,
         baseline,
@@ -173,14 +186,14 @@ def verify(
         text=text,
         sequences=sequences,
         seq_len=seq_len,
-        positions=positions,
+        positions=min(positions, seq_len),
         llama_server=llama_server,
         exact=exact,
         work=work,
         progress=True,
     )
-    write_numbers(json_out, found.report)
-    Console().print(verify_table(checkpoint, baseline, found.report))
+    early.write_file(json_out, found.report)
+    Console(emoji=False).print(verify_table(checkpoint, baseline, found.report))
     if found.disagreeing:
         raise typer.Exit(1)
 

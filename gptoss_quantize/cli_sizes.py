@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize.cli_options import write_numbers
-from gptoss_quantize.cli_words import keep_mxfp4
-from gptoss_quantize.units import gib
+from gptoss_quantize import advice, early
+from gptoss_quantize.units import gib, parse_size
 
 
 def plan(
@@ -31,6 +30,10 @@ def plan(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Say what quantizing MODEL would take and give: bytes, memory of the card, time, before it is run."""
+    early.check_file(json_out, "--json")
+    if model not in early.PUBLISHED_SHAPES:
+        early.check_input(model)
+    parse_size(gpu_memory, "--gpu-memory")
     from gptoss_quantize import api
 
     options: dict[str, Any] = {} if context is None else {"contexts": (context,)}
@@ -45,8 +48,8 @@ def plan(
         measure=measure,
         **options,
     )
-    write_numbers(json_out, found.report)
-    print_plan(found.report, Console())
+    early.write_file(json_out, found.report)
+    print_plan(found.report, Console(emoji=False))
 
 
 def print_plan(record: dict[str, Any], console: Console) -> None:
@@ -54,8 +57,8 @@ def print_plan(record: dict[str, Any], console: Console) -> None:
     console.print(_sparsity_table(record))
     console.print(_disk_table(record))
     console.print(_card_table(record))
-    if record["source_is_mxfp4"]:
-        console.print(keep_mxfp4())
+    if said := advice.before_quantizing(record):
+        console.print(said)
     if refusing := sorted({row["runtime"] for row in record["card"] if not row["loads"]}):
         console.print(
             f"{', '.join(refusing)} does not load --dense int8; its rows are for bf16 there", style="yellow"

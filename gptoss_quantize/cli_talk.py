@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gptoss_quantize import early
 from gptoss_quantize.cli_options import DeviceOpt, Dtype, DtypeOpt
 from gptoss_quantize.errors import InputError
 
@@ -59,6 +60,8 @@ def generate(
     dtype: DtypeOpt = Dtype.bfloat16,
 ) -> None:
     """Answer a prompt, printed as it comes, and say how fast; int4 experts stay packed in memory."""
+    early.check_input(model)
+    early.check_numbers(device=device)
     from gptoss_quantize.api_talk import pick_sampling, speak
 
     sampling = pick_sampling(temperature, top_p, top_k, seed)
@@ -209,7 +212,10 @@ def chat(
 
     From a pipe each line is a message, and answers are all that stands on stdout.
     """
+    early.check_input(model)
+    early.check_numbers(device=device)
     from gptoss_quantize import api_talk
+    from gptoss_quantize.checkpoint import Checkpoint
     from gptoss_quantize.hub import resolve
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -218,11 +224,14 @@ def chat(
     sampling = api_talk.pick_sampling(temperature, top_p, top_k, seed)
     path = resolve(model)
     tokenizer = api_talk.chat_tokenizer(path)
+    checkpoint = Checkpoint(path)
+    for told in checkpoint.notes:
+        note(f"note: {told}")
     if interactive:
         note(f"loading {path} ...")
         with suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines and remembers them, where there is such a library
-    speaker = api_talk.open_speaker(path, tokenizer, dtype.value, device)
+    speaker = api_talk.open_speaker(checkpoint, tokenizer, dtype.value, device)
     talk = api_talk.Conversation(speaker, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
     if interactive:
         note("Ctrl-C stops an answer. /help lists the commands, /quit leaves.")

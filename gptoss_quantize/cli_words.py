@@ -5,15 +5,8 @@ from typing import Any
 
 from rich.markup import escape
 
+from gptoss_quantize import advice
 from gptoss_quantize.terminal import console
-
-
-def keep_mxfp4(lost: str = "") -> str:
-    """Return what is said of int4 from an MXFP4 source, with how much was `lost` where that is known."""
-    return (
-        f"[yellow]The source is MXFP4, 4.25 bits already, and int4 is never lossless for it{lost}.[/yellow] "
-        "Where MXFP4 kernels exist, keep the release; int4 is for hardware and runtimes without them."
-    )
 
 
 def print_quantized(out: Path, report: dict[str, Any]) -> None:
@@ -23,12 +16,8 @@ def print_quantized(out: Path, report: dict[str, Any]) -> None:
         f"{report['expert_bits_per_weight']:.2f} bits per weight, {report['seconds']:.0f} s, "
         f"peak {report['peak_rss_mib']} MiB"
     )
-    if report["source_is_mxfp4"] and report["settings"]["format"] == "int4":
-        what, error = "the experts' outputs", report["mean_output_error"]
-        if error is None:
-            what, error = "the experts' weights", report["weight_error"]
-        lost = f" ({what} move by {100 * error**0.5:.1f} %, rms)"
-        console.print(keep_mxfp4(lost))
+    if said := advice.after_quantizing(report):
+        console.print(said)
     if report["suspect"]:
         console.print(f"[bold red]SUSPECT:[/bold red] the source's {escape(report['suspect'])}", soft_wrap=True)
     if polish := report.get("polish"):

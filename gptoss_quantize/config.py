@@ -10,6 +10,8 @@ import torch
 
 from gptoss_quantize.errors import InputError
 
+# beyond all that exists; a slip in config.json would keep us busy with names of tensors for hours
+MOST_LAYERS = 10_000
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -66,11 +68,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a Hugging Face gpt-oss directory with it") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); copy the file again from its source") from None
+        raise InputError(
+            f"{path}: not valid JSON ({error}); correct it, or copy the file again from where the model comes from"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); check that it is a readable file") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}; take it from the source")
+        what = type(value).__name__
+        raise InputError(f"{path}: expected a JSON object, got {what}; copy the file again from where it comes from")
     return value
 
 
@@ -78,10 +83,11 @@ def _positive(raw: dict[str, Any], name: str, where: str, default: Any = None, *
     """Return a field that must be a positive number (an integer with `whole`), or the default where it is null."""
     value = raw.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right or not 0 < value < math.inf:
         kind = "integer" if whole else "number"
         raise InputError(
-            f"{where}: {name} is {value!r}, expected a positive {kind}; take config.json from the source"
+            f"{where}: {name} is {value!r}, expected a positive {kind}; correct it there, to what the model has"
         )
     return value
 
@@ -100,7 +106,10 @@ def _parse_rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: rope_type {rope['rope_type']!r} is unknown; expected 'default' or 'yarn', as gpt-oss has"
         )
     if unknown := {"mscale", "mscale_all_dim", "partial_rotary_factor"} & (rope.keys() | raw.keys()):
-        raise InputError(f"{where}: rope option(s) {sorted(unknown)} are not used by gpt-oss and not implemented")
+        raise InputError(
+            f"{where}: rope option(s) {sorted(unknown)} are not used by gpt-oss and not implemented; "
+            "a model that was trained with them cannot be quantized here"
+        )
     _positive(rope, "rope_theta", where)
     if rope["rope_type"] == "yarn":
         for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
@@ -118,11 +127,18 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
         )
     sizes = {name: _positive(raw, name, where, whole=True) for name in _REQUIRED}
     layers, heads, experts = sizes["num_hidden_layers"], sizes["num_attention_heads"], sizes["num_local_experts"]
+    if layers > MOST_LAYERS:
+        raise InputError(
+            f"{where}: num_hidden_layers is {layers}, expected at most {MOST_LAYERS:,}; correct it there"
+        )
     default_types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
     layer_types = raw.get("layer_types") or default_types
     known = ("sliding_attention", "full_attention")
     if not isinstance(layer_types, list) or len(layer_types) != layers or any(t not in known for t in layer_types):
-        raise InputError(f"{where}: layer_types must name sliding_attention or full_attention for {layers} layers")
+        raise InputError(
+            f"{where}: layer_types must name sliding_attention or full_attention for {layers} layers; correct that "
+            "list or num_hidden_layers, whichever is not the model's"
+        )
     # experts_per_token is the name in OpenAI's own config
     top_k = _positive(raw, "num_experts_per_tok", where, raw.get("experts_per_token", 4), whole=True)
     if top_k > experts:

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
 
 # huggingface_hub 1 speaks through httpx, huggingface_hub 2 through httpx2
@@ -45,5 +46,6 @@ def resolve(model: str, revision: str | None = None) -> Path:
         ) from None
     except OSError as error:
         raise InputError(
-            f"{model}: the download failed ({error}); make room in {constants.HF_HUB_CACHE}, or move it with HF_HOME"
+            f"{model}: the download failed ({error}); {remedy_for(error)}. The cache is {constants.HF_HUB_CACHE}; "
+            "HF_HOME moves it"
         ) from None

@@ -305,6 +305,8 @@ def quantization_config(layout: Layout, group_size: int = 0) -> dict[str, Any]:
     return layout.config(group_size)
 
 
+# MXFP4 where that is exact, else int4 (`quantize.auto`)
+AUTO = "auto"
 # what `quantize` can write
 WRITTEN: dict[str, Layout] = {name: layout for name, layout in LAYOUTS.items() if layout.store is not None}
 
@@ -329,9 +331,9 @@ def expert_shapes(config: ModelConfig, layout: Layout, group_size: int = 0) -> d
 
 def pick_layout(name: str, group_size: int | None, model: ModelConfig | None = None) -> tuple[Layout, int]:
     """Return (the layout to write, its group size); InputError for one that does not exist or does not fit."""
-    if name not in WRITTEN:
-        raise InputError(f"unknown format {name!r}; known: {', '.join(WRITTEN)} (--format)")
-    layout = WRITTEN[name]
+    if name not in (AUTO, *WRITTEN):
+        raise InputError(f"unknown format {name!r}; known: {', '.join((*WRITTEN, AUTO))} (--format)")
+    layout = INT4 if name == AUTO else WRITTEN[name]
     size = layout.group_sizes[0] if group_size is None else group_size
     if size not in layout.group_sizes:
         known = " or ".join(map(str, sorted(layout.group_sizes)))

@@ -12,6 +12,7 @@ import torch
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.layouts import dense_shapes
+from gptoss_quantize.tokenizer_files import SideFiles
 
 
 @dataclass(slots=True)
@@ -62,6 +63,8 @@ class StoredSource(Source, Protocol):
     """A source that lies in files: what can be exported."""
 
     path: Path
+    side: SideFiles
+    notes: list[str]  # what was read otherwise than it is written
 
     def dense_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that `dense` gives for a tensor, which is not read."""

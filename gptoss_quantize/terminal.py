@@ -20,7 +20,8 @@ NOTEBOOK_SHELL = "ZMQInteractiveShell"
 # seconds between two updates of a notebook's cell: each travels to the browser
 NOTEBOOK_PAUSE = 0.2
 
-console = Console(stderr=True)
+# no emoji: `cuda:x:` and paths are shown as they are
+console = Console(stderr=True, emoji=False)
 
 
 def tell(progress: Progress | bool | None, words: str, *, alarm: bool = False) -> None:

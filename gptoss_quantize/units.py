@@ -12,9 +12,11 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE
 def parse_size(text: str, option: str) -> int:
     """Return bytes for a size such as 12GiB or 16GB; InputError names the option for anything else."""
     match = _SIZE.fullmatch(text)
-    if match is None or not (size := int(float(match[1]) * _UNITS[(match[2] or "").upper()])):
+    # 400 digits are infinite as a float
+    size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0.0
+    if not 1 <= size < float("inf"):
         raise InputError(f"{option} {text!r}: expected a size such as 12GiB or 16GB")
-    return size
+    return int(size)
 
 
 def gib(size: float) -> str:

@@ -12,11 +12,12 @@ from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.early import check_recipe
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
-from gptoss_quantize.kernels.grids import INT4
 from gptoss_quantize.layouts import DENSE, Layout, dense_shapes, pick_layout
 from gptoss_quantize.machine import compute_dtype, pick_device
+from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.quantize.budget import (
     CARD_SHARE,
     Budget,
@@ -29,7 +30,6 @@ from gptoss_quantize.quantize.layer import Target
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.ranks import Ranks
 from gptoss_quantize.quantize.recipes import Recipe
-from gptoss_quantize.quantize.scales import RULES
 from gptoss_quantize.units import gib
 
 
@@ -84,34 +84,19 @@ def check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
         if size % job.group_size:
             sizes = sorted(layout.group_sizes)
             fits = [g for g in sizes if config.hidden % g == 0 and config.intermediate % g == 0]
-            raise InputError(
-                f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; "
-                f"use --group-size {' or '.join(map(str, fits)) or '(none fits this model)'}"
+            remedy = (
+                f"use --group-size {' or '.join(map(str, fits))}" if fits else f"no {layout.name} fits this model"
             )
-    _check_recipe(job, layout)
+            raise InputError(
+                f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; {remedy}"
+            )
+    check_recipe(job.method, job.recipe, layout.name)
     _check_options(source, job, tokens)
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
-    highest = max((int(text.ids.max()) for text in (tokens, job.polish_text) if text is not None), default=0)
-    if highest >= config.vocab:
-        raise InputError(
-            f"calibration text has token id {highest}, the model's vocabulary ends at "
-            f"{config.vocab - 1}; tokenizer and model do not belong together"
-        )
-
-
-def _check_recipe(job: Job, layout: Layout) -> None:
-    """Raise InputError for a scale rule or a method that the output's grid does not have."""
-    rules = RULES[layout.grid.rules] if layout.grid is not None else {}
-    if job.recipe.scale not in rules:
-        raise InputError(
-            f"format {layout.name} has no scale rule {job.recipe.scale!r}; "
-            f"use --set scale={' or scale='.join(rules)}, or another --method"
-        )
-    if job.recipe.awq and layout.grid is not INT4:
-        raise InputError(
-            f"AWQ searches its folds for int4 codes; for --format {layout.name} use --method gptq or rtn"
-        )
+    for text in (tokens, job.polish_text):
+        if text is not None:
+            check_ids(text.ids, config.vocab, "calibration text")
 
 
 def _check_options(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:

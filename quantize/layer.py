@@ -18,6 +18,7 @@ from gptoss_quantize.layouts import Layout
 from gptoss_quantize.machine import Clock
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize import awq
+from gptoss_quantize.quantize.mxfp4_values import mxfp4_values
 from gptoss_quantize.quantize.recipes import Recipe
 from gptoss_quantize.quantize.solve import Solution, solve
 from gptoss_quantize.quantize.stream import chunks, stream_experts
@@ -61,13 +62,15 @@ class LayerResult:
 
 
 def round_layer(
-    source: Source, index: int, target: Target, clock: Clock, experts: range | None = None, weigh: bool = False
+    source: Source, index: int, target: Target, clock: Clock, experts: range | None = None
 ) -> LayerResult:
     """Return a layer quantized by plain rounding, without activations; `experts` are all without it.
 
-    `weigh`: leave [sum of squared weight errors, sum of squared weights] in the report under "weight_error".
+    The report names the experts that are no MXFP4 values ("off_mxfp4_grid"), and has [sum of squared weight errors,
+    sum of squared weights] of the others ("weight_error").
     """
     result, sums = LayerResult(), [0.0, 0.0]
+    off: list[int] = []
     for e in range(source.config.experts) if experts is None else experts:
         with clock("read"):
             expert = source.expert(index, e)
@@ -75,12 +78,14 @@ def round_layer(
             gate_up = target.solve(expert.gate_up[None], expert.gate_up_bias[None], None)
             down = target.solve(expert.down[None], expert.down_bias[None], None)
             target.store(result.tensors, (e, source.config.experts), (gate_up, down), 0)
-        if weigh:
+        with clock("report"):
+            if not mxfp4_values(source, index, e, expert):
+                off.append(e)
+                continue
             for part, weight in ((gate_up, expert.gate_up), (down, expert.down)):
                 sums[0] += float((part.weight(0, weight.dtype) - weight).square().sum())
                 sums[1] += float(weight.square().sum())
-    if weigh:
-        result.report["weight_error"] = sums
+    result.report |= {"weight_error": sums, "off_mxfp4_grid": off}
     return result
 
 
@@ -152,12 +157,17 @@ def calibrated_layer(
             same = routed.same_routing(layer.seen, fold.router, dense["mlp.router.bias"])
             result.report["awq"]["routing_unchanged"] = same
     entries: list[dict[str, Any]] = []
+    off = result.report["off_mxfp4_grid"] = []
     stream = stream_experts(source, index, chunks(mine, experts_at_once), device)
     while True:
         with clock("read"):
             chunk, originals = next(stream, (None, []))
         if chunk is None:
             break
+        with clock("report"):
+            off += [
+                e for e, expert in zip(chunk, originals, strict=True) if not mxfp4_values(source, index, e, expert)
+            ]
         entries += _solve_chunk(layer, chunk, originals, result)
         del originals
         routed.make_room()

@@ -19,12 +19,14 @@ from gptoss_quantize.files import (
     MARK,
     alone,
     check_dest,
+    check_resumable,
     checksum,
-    copy_side_files,
     drop_unfinished,
     finish_mark,
+    is_free,
     make_partial,
     partial_of,
+    place_of,
     publish,
     read_mark,
     remove,
@@ -35,6 +37,7 @@ from gptoss_quantize.files import (
     writing,
 )
 from gptoss_quantize.shards import ShardFile
+from gptoss_quantize.tokenizer_files import SideFiles
 
 POLISHED_NAME = "polished.safetensors"
 REPORT_NAME = "quantization_report.json"
@@ -42,7 +45,7 @@ REPORT_NAME = "quantization_report.json"
 
 def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:
     """Return the state of a run that was finished but for its name: it was stopped after the state was deleted."""
-    same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes", "polish", "source_is_mxfp4")}
+    same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes", "polish")}
     return same | {
         "sanity": report.get("sanity"),
         "weight_map": index["weight_map"],
@@ -51,6 +54,34 @@ def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str,
         "peak_rss_mib": report["peak_rss_mib"],
         "budget": report["memory"],
     }
+
+
+# what a run depends on, and is no option
+WAYS_BACK = {
+    "version": "Continue it with the version that began it (pip install gptoss-quantize=={})",
+    "source_files": "Put back the files that the run began with: the model was written anew since",
+    "adapter_files": "Put back the files that the run began with: the adapter was written anew since",
+    "native_kernels": "Continue it where the compiled kernels are as they were",
+    "device": "Name the device that it began on (--device {})",
+    "calibration": "Give the text that it began with (--calibration, --tokens, --seq-len, --seed)",
+}
+
+
+def _way_back(changed: list[str], before: dict[str, Any]) -> str:
+    """Return how to make a run the same again whose settings have `changed`."""
+    # an option that differs explains what else does
+    if not changed or not set(changed) <= WAYS_BACK.keys():
+        return "Use the same command"
+    name = next(name for name in WAYS_BACK if name in changed)
+    return WAYS_BACK[name].format(before.get(name))
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """Return the words for one setting that changed; of files, only those that did."""
+    if name.endswith("_files") and isinstance(before, dict) and isinstance(now, dict):
+        files = [file for file in sorted(before.keys() | now.keys()) if before.get(file) != now.get(file)]
+        before, now = ({file: value.get(file) for file in files[:3]} for value in (before, now))
+    return f"{name} was {before!r}, is {now!r}"
 
 
 class HiddenFile:
@@ -109,7 +140,7 @@ class Output:
         state: dict[str, Any] | None = None,
     ):
         """Begin or take over a run; with `state`, join one that another process began."""
-        self.dest, self.shards, self.settings, self.stem = Path(os.path.abspath(dest)), shards, settings, stem
+        self.dest, self.shards, self.settings, self.stem = place_of(dest), shards, settings, stem
         self.state: dict[str, Any]
         self.partial = partial_of(self.dest)
         if state is not None:
@@ -122,8 +153,7 @@ class Output:
             self._take_over()
         else:
             check_dest(self.dest, overwrite=overwrite, inputs=self._inputs)
-            if os.path.lexists(self.partial):
-                drop_unfinished(self.partial, overwrite)
+            drop_unfinished(self.partial, overwrite)
         make_partial(self.partial, "quantize", overwrite=overwrite)
 
     @property
@@ -137,15 +167,12 @@ class Output:
 
     def _take_over(self) -> None:
         """Go on with an unfinished run; what it was begun with, --overwrite too, still holds."""
-        mark = read_mark(self.partial)
-        if mark is None or mark["command"] != "quantize":
-            what = "nothing to resume" if mark is None else f"was left by `{mark['command']}`, not by quantize"
-            raise InputError(f"{self.partial}: {what}; run without --resume")
+        check_resumable(self.partial, self.dest)
         with alone(self.partial):
             take_back(self.partial, self.dest)
             self.state = self._load_state()
-        begun = bool(mark.get("overwrite"))
-        if os.path.lexists(self.dest) and not begun and any(p != self.partial for p in self.dest.glob("*")):
+        begun = bool((read_mark(self.partial) or {}).get("overwrite"))
+        if not begun and not is_free(self.dest):
             raise InputError(
                 f"{self.dest}: already exists, and this run was not begun with --overwrite; move it away and run "
                 "the same command again"
@@ -167,10 +194,11 @@ class Output:
             raise InputError(f"{path}: unreadable ({error}); start again with --overwrite") from None
         before, now = state["settings"], json.loads(json.dumps(self.settings))
         if changed := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
-            listed = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
+            listed = "; ".join(_change(k, before.get(k), now.get(k)) for k in changed)
             raise InputError(
                 f"{self.partial}: cannot resume, the run has changed: {listed}. "
-                "Use the same command, or start again with --overwrite"
+                f"{_way_back(changed, before)}, or start again with --overwrite"
+                f" ({len(state['layers'])} finished layer(s) are lost)"
             )
         for name in sorted(set(state["weight_map"].values())):
             try:
@@ -231,9 +259,9 @@ class Output:
             sync_folder(self.partial)
         write_json(self.partial / "state.json", self.state)
 
-    def finish(self, source: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+    def finish(self, side: SideFiles, config: dict[str, Any], report: dict[str, Any]) -> None:
         """Write index, config, report and tokenizer files, then rename the directory to its final name."""
-        copy_side_files(source, self.partial)
+        side.write(self.partial)
         total = {"total_size": self.state["bytes"]}
         weight_map = dict(sorted(self.state["weight_map"].items()))
         write_json(self.partial / self.index_name, {"metadata": total, "weight_map": weight_map})

@@ -67,6 +67,8 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
             values[name] = _PARSERS[kinds[name]](text)
         except ValueError:
             raise InputError(f"recipe field {name}: {text!r} is not a {kinds[name]} (--set name=value)") from None
+        if isinstance(values[name], int | float) and not 0 <= values[name] < float("inf"):
+            raise InputError(f"recipe field {name}: {text!r} is no number from 0 on (--set name=value)")
     if (scale := values.get("scale", recipe.scale)) not in SCALES:
         raise InputError(f"recipe field scale: {scale!r} is unknown; expected one of {', '.join(SCALES)}")
     changed = replace(recipe, **values)

@@ -21,11 +21,13 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
         "settings": output.state["settings"],
         "calibration": None if tokens is None else {**tokens.record(), "shape": list(tokens.ids.shape)},
         "expert_bits_per_weight": bits,
-        "source_is_mxfp4": output.state["source_is_mxfp4"],
         # what the source makes of a little text; suspect: why it cannot predict any, where it cannot
         "sanity": output.state.get("sanity"),
         "suspect": (output.state.get("sanity") or {}).get("suspect"),
-        # of plain rounding, where the source is MXFP4: |error|^2 / |weights|^2
+        # of every expert of every layer, as they were read
+        "source_is_mxfp4": not any(layer["off_mxfp4_grid"] for layer in layers),
+        "off_mxfp4_grid": {str(i): off for i, layer in enumerate(layers) if (off := layer["off_mxfp4_grid"])},
+        # of plain rounding, where an expert is MXFP4: |error|^2 / |weights|^2
         "weight_error": _share([layer["weight_error"] for layer in layers if "weight_error" in layer]),
         "mean_output_error": _mean([e["output_error"] for _, e in entries if e["output_error"] is not None]),
         "bytes": output.state["bytes"],
@@ -59,7 +61,8 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _share(sums: list[list[float]]) -> float | None:
-    return sum(a for a, _ in sums) / sum(b for _, b in sums) if sums else None
+    error, size = sum(a for a, _ in sums), sum(b for _, b in sums)
+    return error / size if size else None
 
 
 def peak_of(output: Output) -> int | None:

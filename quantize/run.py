@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from gptoss_quantize import __version__
+from gptoss_quantize.atomic import alone, going_on
 from gptoss_quantize.calibration.capture import Routed, add_experts, attend_and_route
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import alone
 from gptoss_quantize.kernels import native
 from gptoss_quantize.layouts import DENSE, quantization_config
 from gptoss_quantize.machine import Clock, pick_device, release_memory, reuse_memory
 from gptoss_quantize.model import batches
+from gptoss_quantize.quantize.auto import settle_format
 from gptoss_quantize.quantize.budget import Budget, make_room, token_arrays
 from gptoss_quantize.quantize.job import Job, budget_of, check, fingerprint
 from gptoss_quantize.quantize.layer import LayerResult, Target, calibrated_layer, round_layer
@@ -41,7 +42,6 @@ from gptoss_quantize.quantize.ranks import (
     same_everywhere,
 )
 from gptoss_quantize.quantize.report import peak_of, report_of
-from gptoss_quantize.quantize.scales import on_mxfp4_grid
 from gptoss_quantize.quantize.writing import write_embedded, write_layer, write_outer
 
 
@@ -82,6 +82,8 @@ def quantize_checkpoint(
     finished layer, `on_step` with each step of the polish and its divergence. `ranks` are the processes that share
     the work; each of them calls this. InputError for input that is refused; nothing then stands under the final name.
     """
+    job = settle_format(source, job)
+    tokens = tokens if job.recipe.calibrated else None
     check(source, job, tokens)
     job = replace(job, device=pick_device(job.device))
     job = replace(job, dtype=job.products)
@@ -91,7 +93,7 @@ def quantize_checkpoint(
             job = replace(job, device=pick_device(f"cuda:{ranks.local_rank}"))
         output = _begin(source, job, tokens, settings, ranks)
         run = Run(source, job, tokens, output, ranks, on_layer, on_step)
-        with alone(output.partial) if run.first else nullcontext():
+        with going_on("run the same command with --resume"), alone(output.partial) if run.first else nullcontext():
             return _work(run)
 
 
@@ -152,17 +154,19 @@ def _work(run: Run) -> dict[str, Any]:
             _polish(run, run.job.polish_text)
     bits = run.job.layout.bits_per_weight(source.config.hidden, run.job.group_size)
     peaks = everyone(ranks, peak_of(output))
-    report = report_of(run.tokens, output, bits, time.time() - started) | {"peak_rss_mib_of_ranks": peaks}
+    report = report_of(run.tokens, output, bits, time.time() - started) | {
+        "source_experts": source.layout.name,
+        "peak_rss_mib_of_ranks": peaks,
+    }
+    report["notes"] = list(source.notes)
     if run.first:
-        output.finish(source.path, _config(run), report)
+        output.finish(run.source.side, _config(run), report)
     everyone(ranks, None)
     return report
 
 
 def _first_shard(run: Run) -> None:
     """Write what is outside the layers, and the hidden states below the first."""
-    expert = run.source.expert(0, 0)
-    run.output.state["source_is_mxfp4"] = on_mxfp4_grid(expert.gate_up) and on_mxfp4_grid(expert.down)
     if run.first:
         run.output.note(write_outer(run.source, DENSE[run.job.dense], run.output))
         if run.tokens is not None:
@@ -178,14 +182,19 @@ def _shape(run: Run, tokens: Tokens) -> tuple[int, int, int]:
 
 
 def _round(run: Run, index: int) -> LayerResult:
-    """Quantize one layer by plain rounding; where the source is MXFP4, say how far its weights moved."""
-    weigh = bool(run.output.state["source_is_mxfp4"])
+    """Quantize one layer by plain rounding; where experts are MXFP4 values, say how far their weights moved."""
     mine = run.ranks.share(run.source.config.experts)
-    result = round_layer(run.source, index, run.target, run.clock, mine, weigh)
-    if weigh:
-        shares = everyone(run.ranks, result.report["weight_error"])
-        result.report["weight_error"] = [sum(share) for share in zip(*shares, strict=True)]
+    result = round_layer(run.source, index, run.target, run.clock, mine)
+    shares = everyone(run.ranks, result.report["weight_error"])
+    result.report["weight_error"] = [sum(share) for share in zip(*shares, strict=True)]
+    _gather_grid(run, result)
     return result
+
+
+def _gather_grid(run: Run, result: LayerResult) -> None:
+    """Bring together what each rank found of its experts' values."""
+    shares = everyone(run.ranks, result.report["off_mxfp4_grid"])
+    result.report["off_mxfp4_grid"] = [expert for share in shares for expert in share]
 
 
 def _calibrate(run: Run, index: int, tokens: Tokens) -> LayerResult:
@@ -223,6 +232,7 @@ def _calibrate(run: Run, index: int, tokens: Tokens) -> LayerResult:
         in_turn(ranks, out, routed.add_kept, drop)
         if ranks.count > 1:
             result.report["experts"] = [entry for part in everyone(ranks, result.report["experts"]) for entry in part]
+    _gather_grid(run, result)
     with clock("write"):
         add_experts(routed, after, own, positions)
         after.flush()

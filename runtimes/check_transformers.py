@@ -1,13 +1,14 @@
-"""Transformers' predictions: our packed loader, and an ordinary directory by `from_pretrained`."""
+"""Transformers' predictions: our packed loader, and transformers' own model of what we read in a folder (`stock`)."""
 
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.loading import load
+from gptoss_quantize.runtimes.stock import stock_model
 
 
 def packed(path: Path, dtype: torch.dtype) -> nn.Module:
@@ -15,11 +16,9 @@ def packed(path: Path, dtype: torch.dtype) -> nn.Module:
     return load(path, dtype=dtype)
 
 
-def plain(path: Path, dtype: torch.dtype, *, mxfp4: bool = False) -> nn.Module:
-    """Return a directory as stock transformers loads it; MXFP4 is dequantized by transformers where it must."""
-    # its dequantization ends in bfloat16, which holds MXFP4 exactly
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if mxfp4 else dtype)
-    return model.to(dtype).eval()
+def plain(checkpoint: Checkpoint | Path, dtype: torch.dtype) -> nn.Module:
+    """Return a checkpoint as stock transformers loads exactly its files; MXFP4 is dequantized by transformers."""
+    return stock_model(checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint), dtype)
 
 
 @torch.inference_mode()

@@ -270,7 +270,7 @@ def write_gguf(
             )
     writer = gguf.GGUFWriter(path, ARCH)
     add_metadata(writer, config, name, FILE_TYPES[kind])
-    pre = add_tokenizer(writer, checkpoint.path, config)
+    pre = add_tokenizer(writer, checkpoint.side, config)
     try:
         _write_tensors(writer, entries, on_tensor)
     finally:

@@ -15,7 +15,7 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
+from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.layouts import FLOAT, MXFP4, dense_shapes, expert_shapes, layer_of, quantization_config
 from gptoss_quantize.runtimes.staging import Planned, write_shards
 from gptoss_quantize.source import StoredSource
@@ -56,7 +56,9 @@ class Rounding:
         narrow = exact.to(self.dtype)
         error = (narrow.float() - exact).abs()
         if not bool(torch.isfinite(error).all()):
-            raise InputError(f"{where}: weights up to {float(exact.abs().max()):.0f} overflow float16; use bfloat16")
+            raise InputError(
+                f"{where}: weights up to {float(exact.abs().max()):.0f} overflow float16; use --dtype bfloat16"
+            )
         self.weights += exact.numel()
         self.rounded += int((error > 0).sum())
         relative = torch.where(exact == 0, 0.0, error / exact.abs())
@@ -95,7 +97,7 @@ def write_float(
             entries.append(_biases(checkpoint, layer, part))
     total = write_shards(folder, [outer, *layers], "model", on_shard)
     write_json(folder / "config.json", plain_config(checkpoint, dtype))
-    copy_side_files(checkpoint.path, folder)
+    checkpoint.side.write(folder)
     return {"bytes": total, **rounding.record()}
 
 
@@ -110,6 +112,11 @@ def _biases(checkpoint: StoredSource, layer: int, part: str) -> Planned:
 def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_progress) -> dict[str, Any]:
     """Write OpenAI's MXFP4 layout, blocks and scales bit for bit; InputError for another expert format."""
     if checkpoint.layout is not MXFP4:
+        if checkpoint.layout.grid is None:
+            raise InputError(
+                f"{checkpoint.path}: its experts are {checkpoint.layout.name}, and MXFP4 needs codes for them: "
+                "gptoss-quantize quantize --format mxfp4 (--method rtn, where they are MXFP4 values already)"
+            )
         raise InputError(
             f"{checkpoint.path}: its experts are {checkpoint.layout.name}; int4 codes with free scales have no "
             "MXFP4 form without a second rounding. Quantize the original to MXFP4 instead, or use --to bf16"
@@ -127,5 +134,5 @@ def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_pr
     config = plain_config(checkpoint, torch.bfloat16)
     config["quantization_config"] = checkpoint.config.raw.get("quantization_config") or quantization_config(MXFP4)
     write_json(folder / "config.json", config)
-    copy_side_files(checkpoint.path, folder)
+    checkpoint.side.write(folder)
     return {"bytes": total}

@@ -16,7 +16,7 @@ import torch
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import Progress, copy_side_files, no_progress, write_json
+from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.kernels import ggml, int4, legacy
 from gptoss_quantize.layouts import INT4
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config
@@ -151,5 +151,5 @@ def write_legacy(
     )
     settings = plain_config(checkpoint, torch.float16) | {"quantization_config": quantization}
     write_json(folder / "config.json", settings)
-    copy_side_files(checkpoint.path, folder)
+    checkpoint.side.write(folder)
     return {"bytes": total, "layout": layout}

@@ -6,6 +6,7 @@ pre-tokenizer is built here and run beside the model's own over a text in which 
 of the one that cuts it alike everywhere. An unknown one is refused, never guessed.
 """
 
+import json
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from gptoss_quantize.config import ModelConfig, read_json
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.tokenizer_files import SideFiles
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -73,9 +75,9 @@ def recognise(tokenizer: Tokenizer, where: Path) -> str:
     )
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> str:
-    """Add tokens, types, merges, special tokens and chat template of a model directory; return the name of `pre`."""
-    file = path / "tokenizer.json"
+def add_tokenizer(writer: gguf.GGUFWriter, side: SideFiles, config: ModelConfig) -> str:
+    """Add tokens, types, merges, special tokens and chat template of a model; return the name of `pre`."""
+    file = side.files.get("tokenizer.json", side.path / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # noqa: BLE001 tokenizers raises nothing narrower
@@ -90,7 +92,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> s
     tokens, types = [], []
     vocab = {index: token for token, index in tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(vocab) >= config.vocab:
-        raise InputError(f"{file}: token id {max(vocab)}, but the model's vocabulary ends at {config.vocab - 1}")
+        raise InputError(
+            f"{file}: token id {max(vocab)}, but the model's vocabulary ends at {config.vocab - 1}; give the "
+            "tokenizer that the model was trained with"
+        )
     for index in range(config.vocab):
         token = vocab.get(index)
         tokens.append(f"[PAD{index}]" if token is None else token)
@@ -102,7 +107,23 @@ def add_tokenizer(writer: gguf.GGUFWriter, path: Path, config: ModelConfig) -> s
             types.append(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
         else:
             types.append(gguf.TokenType.NORMAL)
-    special = gguf.SpecialVocab(path, load_merges=True, n_vocab=config.vocab)
+    try:
+        with side.staged() as folder:
+            (folder / "config.json").write_text(json.dumps(config.raw), encoding="utf-8")
+            special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config.vocab)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        # JSON and UTF-8 among them
+        raise InputError(
+            f"{side.path}: tokenizer_config.json, chat_template.jinja or generation_config.json cannot be read "
+            f"({error}); correct them, or copy them from the model that it was made from"
+        ) from None
+    # what transformers would use, not what gguf finds
+    template = side.template
+    special.chat_template = (
+        [{"name": name, "template": text} for name, text in template.items()]
+        if isinstance(template, dict)
+        else template
+    )
     # by what it does, too: whether plain text gets a first or last token of its own
     ids = tokenizer.encode("a").ids
     special.add_special_token = {

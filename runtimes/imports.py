@@ -22,13 +22,14 @@ from torch.nn import functional
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import Progress, copy_side_files, no_progress, staged, write_json
+from gptoss_quantize.files import Progress, no_progress, staged, write_json
 from gptoss_quantize.kernels import ggml
 from gptoss_quantize.layouts import INT4, expert_shapes, quantization_config
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
-from gptoss_quantize.runtimes.foreign import SPLITS, Foreign
+from gptoss_quantize.runtimes.foreign import JOINED, SPLITS, Foreign
 from gptoss_quantize.runtimes.staging import REPORT_NAME, Planned, write_shards
 from gptoss_quantize.source import Source
 
@@ -63,10 +64,14 @@ def sequence_nll(source: Source, ids_NS: torch.Tensor, on_layer: Callable[[int],
 
 def detect_split(path: Path, ids_NS: torch.Tensor, on_layer: Progress = no_progress) -> dict[str, Any]:
     """Return {"split", "because", "nll" per reading, "metadata"}; InputError when the text cannot tell."""
-    suggestion, why = suggested_split(Foreign(path, SPLITS[0]).quantization or {})
+    first = Foreign(path, SPLITS[0])
+    if first.projections == JOINED:
+        return {"split": SPLITS[0], "because": "gate and up are one matrix", "metadata": None, "nll": None}
+    suggestion, why = suggested_split(first.quantization or {})
     if why == f"meta.{SPLIT_KEY}":
         return {"split": suggestion, "because": why, "metadata": suggestion, "nll": None}
     readings = [Foreign(path, split) for split in SPLITS]
+    check_ids(ids_NS, readings[0].config.vocab, f"{path}: the text")
     total = sum(reading.config.layers for reading in readings)
     nll = []
     for number, reading in enumerate(readings):
@@ -111,6 +116,8 @@ def import_checkpoint(
             "layout": source.layout,
             "to": to,
             "reading": decision,
+            "dequantized_outside_experts": len(source.packed_dense),
+            "notes": source.notes,
             **facts,
         }
         write_json(folder / REPORT_NAME, report)
@@ -147,7 +154,7 @@ def _write_int4(source: Foreign, folder: Path, on_shard: Progress) -> dict[str, 
     marker = {"version": __version__, "format": INT4.name, "method": "imported", "group_size": group_size}
     settings = {"quantization_config": quantization_config(INT4, group_size), "gptoss_quantize": marker}
     write_json(folder / "config.json", plain_config(source, torch.bfloat16) | settings)
-    copy_side_files(source.path, folder)
+    source.side.write(folder)
     return {"bytes": total, "group_size": group_size, **counts}
 
 

@@ -7,10 +7,11 @@ from gptoss_quantize.architectures import SIZES, gptoss_config, sparsity
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.layouts import AS_SOURCE, DENSE, INT4, MXFP4
+from gptoss_quantize.layouts import AS_SOURCE, DENSE, INT4
 from gptoss_quantize.machine import compute_dtype
 from gptoss_quantize.quantize.budget import memory_plan
 from gptoss_quantize.quantize.estimate import estimate
+from gptoss_quantize.quantize.mxfp4_values import look_at
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.runtimes.memory import fits, serve_command
 from gptoss_quantize.sizes import dense_dtype_of, disk, shard_tensors
@@ -51,7 +52,7 @@ def plan_record(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any
     group_size, compute, dense_dtype = wanted.group_size, compute_dtype("cpu"), dense_dtype_of(source)
     record: dict[str, Any] = {
         **asdict(wanted),
-        "source_is_mxfp4": source is None or source.layout is MXFP4,
+        **look_at(source),
         "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
         "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
         "sparsity": sparsity(wanted.model, config),

@@ -42,6 +42,7 @@ from gptoss_quantize.runtimes.agreement import (
 )
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.exports import export_checkpoint
+from gptoss_quantize.runtimes.stock import linked
 
 COMPARISON = "for comparison"
 LONGEST_NOTE = 400
@@ -165,8 +166,7 @@ def in_transformers(job: Job, rows: list[Row]) -> None:
 
     noise: Agreement | None = None
     if job.baseline is not None:
-        mxfp4 = job.baseline.layout is layouts.MXFP4
-        model = check_transformers.plain(job.baseline.path, torch.float32, mxfp4=mxfp4)
+        model = check_transformers.plain(job.baseline, torch.float32)
         own = predictions(job.baseline, job, on_layer=job.progress("baseline's reference: layer"))
         noise = distance(model, "unquantized", own)
         del model
@@ -179,8 +179,7 @@ def in_transformers(job: Job, rows: list[Row]) -> None:
     if checkpoint.layout.packed:
         add("packed int4", check_transformers.packed(checkpoint.path, torch.float32), "gptoss_quantize.load, float32")
     else:
-        mxfp4 = checkpoint.layout is layouts.MXFP4
-        add("as stored", check_transformers.plain(checkpoint.path, torch.float32, mxfp4=mxfp4), "from_pretrained")
+        add("as stored", check_transformers.plain(checkpoint, torch.float32), "from_pretrained")
     if checkpoint.layout.packed:
         with tempfile.TemporaryDirectory(dir=job.work) as place:
             folder = Path(place) / "float16"
@@ -257,7 +256,7 @@ def _in_gguf(
 
 def _tokenizer_row(address: str, job: Job) -> Row:
     """Return the line that says whether llama.cpp cuts the text into the same tokens."""
-    tokenizer = load_tokenizer(job.checkpoint.path)
+    tokenizer = load_tokenizer(job.checkpoint.side)
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in job.texts]
     wrong = check_llamacpp.tokenizes_alike(address, job.texts, expected)
     note = f"{len(job.texts) - wrong} of {len(job.texts)} texts give the same tokens"
@@ -279,7 +278,8 @@ def in_vllm(job: Job, rows: list[Row]) -> None:
 
     noise: Agreement | None = None
     if job.baseline is not None:
-        found = distance(job.baseline.path, "auto", job.baseline)
+        with linked(job.baseline, job.work) as folder:
+            found = distance(folder, "auto", job.baseline)
         if isinstance(found, str):
             rows.append(Row("vllm", "baseline", FAILED, note=found))
         else:
@@ -295,7 +295,8 @@ def in_vllm(job: Job, rows: list[Row]) -> None:
             rows.append(judged("vllm", what, BITS16, found, noise, "noise: baseline in bfloat16" if noise else ""))
 
     if not job.checkpoint.layout.packed:
-        add("as stored", job.checkpoint.path, "auto")
+        with linked(job.checkpoint, job.work) as folder:
+            add("as stored", folder, "auto")
         return
     if torch.cuda.is_available():
         for backend in check_vllm.CARD_BACKENDS:

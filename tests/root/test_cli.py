@@ -135,7 +135,7 @@ def test_refused_input_is_1(command, tiny, tmp_path, text):
         refused(command(*quantize, "--tokens", "64", "--device", "cuda"), "no CUDA device", "--device cpu")
     refused(command("evaluate", model, "--baseline", tmp_path / "no", "--text", text), "no such directory")
     refused(command("evaluate", tmp_path, "--baseline", model, "--text", text), "config.json: no such file")
-    refused(command("generate", tmp_path, "--prompt", "x"), "tokenizer.json")
+    refused(command("generate", tmp_path, "--prompt", "x"), "config.json: no such file")
     assert tiny.snapshot(tmp_path) == before
 
 

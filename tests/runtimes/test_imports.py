@@ -203,3 +203,116 @@ def test_float16_scales_are_kept_and_counted(int4_path, tmp_path):
     scales = load_file(path / "model.safetensors")["model.layers.0.mlp.experts.0.gate_proj.scales"]
     ours = Checkpoint(tmp_path / "ours").read("model.layers.0.mlp.experts.0.w13_weight_scale")
     assert ours.dtype == torch.float16 and torch.equal(ours[:320], scales.T)
+
+
+# ---- attention in int4 too, and gate and up in one matrix
+
+
+def pack_dense(names, group=32):
+    """An edit that stores 2-D weights as GPTQModel does by default: int4, symmetric, groups of columns."""
+
+    def edit(tensors):
+        for name in names:
+            weight = tensors.pop(name).float()
+            rows, columns = weight.shape
+            groups = weight.view(rows, columns // group, group)
+            scale = (groups.abs().amax(-1) / 7).half()
+            codes = (groups / scale.float()[..., None]).round().clamp(-8, 7).view(rows, columns).to(torch.int8)
+            stem = name.removesuffix("weight")
+            tensors[stem + "qweight"] = legacy.gptq_qweight(int4.pack(codes))
+            tensors[stem + "qzeros"] = legacy.gptq_qzeros(columns // group, rows, version=1)
+            tensors[stem + "scales"] = scale.T.contiguous()
+            tensors[stem + "g_idx"] = legacy.group_index(columns, group)
+            edit.expected[name] = (codes.double().view(rows, -1, group) * scale.double()[..., None]).view(
+                rows, columns
+            )
+
+    edit.expected = {}
+    return edit
+
+
+ATTENTION = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"]
+
+
+def test_attention_in_int4_is_dequantized_exactly(int4_path, tmp_path):
+    edit = pack_dense(ATTENTION)
+    path = write_foreign(int4_path(), tmp_path / "theirs", "gptqmodel", "halves", edit)
+    decision = {"split": "halves", "because": "--split", "metadata": None, "nll": None}
+    report = import_checkpoint(path, tmp_path / "ours", decision, to="int4", overwrite=False)
+    assert report["dequantized_outside_experts"] == 12
+    ours, before = Checkpoint(tmp_path / "ours"), Checkpoint(int4_path())
+    assert len(edit.expected) == 12
+    for name, expected in edit.expected.items():
+        assert torch.equal(ours.dense(name).double(), expected), name
+    name = "model.layers.1.self_attn.q_proj.bias"
+    assert torch.equal(ours.dense(name), before.dense(name))
+    assert torch.equal(ours.expert(1, 2).gate_up, before.expert(1, 2).gate_up)
+
+
+def test_attention_of_another_shape_is_refused(int4_path, tmp_path):
+    def edit(tensors):
+        pack_dense([ATTENTION[0]])(tensors)
+        name = ATTENTION[0].removesuffix("weight") + "qweight"
+        tensors[name] = tensors[name][:, :-1].contiguous()
+
+    path = write_foreign(int4_path(), tmp_path / "theirs", "gptqmodel", "halves", edit)
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj\.\*"):
+        Foreign(path, "halves").dense(ATTENTION[0])
+
+
+def joined(writer):
+    """An edit from gate_proj and up_proj to one gate_up matrix per expert, as GPTQModel named it in 2025."""
+
+    def edit(tensors):
+        for layer in range(3):
+            for e in range(8):
+                experts = f"model.layers.{layer}.mlp.experts."
+                base = f"{experts}{e}."
+                for suffix, dim in (("qweight", 1), ("qzeros", 1), ("scales", 1), ("bias", 0)):
+                    gate, up = (tensors.pop(f"{base}{p}_proj.{suffix}") for p in ("gate", "up"))
+                    if suffix == "qzeros":
+                        whole = torch.cat((gate, up), dim)
+                    else:
+                        whole = torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
+                    tensors[f"{experts}gate_up.{e}." + suffix] = whole
+                    tensors[f"{experts}down.{e}." + suffix] = tensors.pop(f"{base}down_proj.{suffix}")
+                if writer == "gptqmodel":
+                    tensors[f"{experts}gate_up.{e}." + "g_idx"] = tensors.pop(base + "gate_proj.g_idx")
+                    del tensors[base + "up_proj.g_idx"]
+                    tensors[f"{experts}down.{e}." + "g_idx"] = tensors.pop(base + "down_proj.g_idx")
+
+    return edit
+
+
+@pytest.mark.parametrize("writer", ["gptqmodel", "autoround"])
+def test_gate_and_up_in_one_matrix_need_no_guess(int4_path, tmp_path, writer):
+    path = write_foreign(int4_path(), tmp_path / "theirs", writer, "interleaved", joined(writer))
+    decision = detect_split(path, torch.zeros(1, 8, dtype=torch.long))
+    assert decision["because"] == "gate and up are one matrix"
+    import_checkpoint(path, tmp_path / "ours", decision, to="int4", overwrite=False)
+    ours, before = Checkpoint(tmp_path / "ours"), Checkpoint(int4_path())
+    assert all(torch.equal(ours.read(n).float(), before.read(n).float()) for n in before.names())
+
+
+def test_import_reads_the_files_of_the_index_only(int4_path, tmp_path):
+    path = write_foreign(int4_path(), tmp_path / "theirs", "gptqmodel", "halves")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    # a leftover of another save, which sorts behind
+    save_file({n: torch.zeros_like(t) for n, t in tensors.items()}, path / "model-00002-of-00002.safetensors")
+    source = Foreign(path, "halves")
+    assert torch.equal(source.read("lm_head.weight"), tensors["lm_head.weight"])
+    assert any("not read" in note for note in source.notes)
+
+
+def test_the_description_may_lie_in_a_file_of_its_own(int4_path, tmp_path):
+    path = write_foreign(int4_path(), tmp_path / "theirs", "gptqmodel", "halves")
+    raw = json.loads((path / "config.json").read_text())
+    (path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": False}))
+    del raw["quantization_config"]
+    (path / "config.json").write_text(json.dumps(raw))
+    source = Foreign(path, "halves")
+    assert (source.layout, source.version) == ("gptq", 1)
+    assert torch.equal(source.expert(1, 2).down, Checkpoint(int4_path()).expert(1, 2).down)

@@ -1,0 +1,129 @@
+"""Run what needs a card, or another processor, on a machine that has one: without installing anything.
+
+Usage: check_card.py MODEL [--json FILE]        MODEL: a small gpt-oss directory in bf16 with a tokenizer
+
+1. The C++ kernels' tests, with every instruction set of that processor (pytest, without the project's fixtures).
+2. MODEL quantized by GPTQ and AWQ+GPTQ on the card and on the processor: the errors of the experts' outputs agree.
+3. The int4 checkpoint loaded on both: the same predictions, the same greedy answer, tokens per second.
+
+Exits 1 if anything disagrees.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/kernels/test_experts_op.py", "tests/kernels/test_linear_op.py", "tests/kernels/test_native.py")
+
+
+def lay_out() -> Path:
+    """Return a folder in which the checkout's packages lie as the wheel lays them out, by links."""
+    package = Path(tempfile.mkdtemp(), "gptoss_quantize")
+    package.mkdir()
+    for path in (ROOT / "gptoss_quantize").iterdir():
+        (package / path.name).symlink_to(path)
+    for name in ("kernels", "calibration", "quantize", "eval", "runtimes"):
+        (package / name).symlink_to(ROOT / name)
+    return package.parent
+
+
+def kernel_tests(place: Path) -> dict[str, Any]:
+    """Return how the tests of the C++ kernels ended on this processor."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-x"]
+    environment = {"PYTHONPATH": str(place), "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(place)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [*command, *TESTS], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    return {
+        "ok": done.returncode == 0,
+        "seconds": round(time.monotonic() - started, 1),
+        "said": lines[-1] if lines else done.stderr[-300:],
+        "failed": [line for line in lines if line.startswith(("FAILED", "E "))][:5],
+    }
+
+
+def quantized(model: Path, work: Path) -> list[dict[str, Any]]:
+    """Return a row for every method: what the card and the processor made of the same model and text."""
+    import torch  # noqa: PLC0415 - after the packages are laid out
+
+    from gptoss_quantize.calibration.text import Tokens  # noqa: PLC0415
+    from gptoss_quantize.checkpoint import Checkpoint  # noqa: PLC0415
+    from gptoss_quantize.quantize.job import Job  # noqa: PLC0415
+    from gptoss_quantize.quantize.recipes import RECIPES  # noqa: PLC0415
+    from gptoss_quantize.quantize.run import quantize_checkpoint  # noqa: PLC0415
+
+    source = Checkpoint(model)
+    ids = torch.randint(0, source.config.vocab, (32, 128), generator=torch.Generator().manual_seed(0))
+    tokens = Tokens(ids, source="random", documents=1, separator=None, sha256="0" * 64)
+    rows = []
+    for method in ("gptq", "awq+gptq"):
+        row: dict[str, Any] = {"method": method}
+        for device in ("cpu", "cuda"):
+            dest = work / f"{method}-{device}"
+            job = Job(dest=dest, method=method, recipe=RECIPES[method], device=device, dtype=torch.float32)
+            report = quantize_checkpoint(source, job, tokens)
+            row[device] = {"output error": report["mean_output_error"], "seconds": report["seconds"]}
+        ratio = row["cuda"]["output error"] / row["cpu"]["output error"]
+        rows.append(row | {"ratio": ratio, "ok": 0.98 < ratio < 1.02})
+    return rows
+
+
+def loaded(checkpoint: Path) -> dict[str, Any]:
+    """Return how the predictions of a checkpoint on the card differ from those on the processor."""
+    import torch  # noqa: PLC0415
+
+    import gptoss_quantize  # noqa: PLC0415
+
+    found: dict[str, Any] = {}
+    models = {d: gptoss_quantize.load(checkpoint, dtype=torch.float32, device=d) for d in ("cpu", "cuda")}
+    ids = torch.randint(0, models["cpu"].config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = {d: m(ids.to(d)).logits.float().cpu().log_softmax(-1) for d, m in models.items()}
+        found["largest difference of log-probabilities"] = float((logits["cpu"] - logits["cuda"]).abs().max())
+        for device, model in models.items():
+            started = time.monotonic()
+            out = model.generate(ids[:1].to(device), max_new_tokens=32, min_new_tokens=32, do_sample=False)
+            found[f"{device} tokens/s"] = round(32 / (time.monotonic() - started), 1)
+            found[f"{device} answer"] = out[0, -32:].tolist()
+    found["ok"] = (
+        found["largest difference of log-probabilities"] < 1e-3 and found["cpu answer"] == found["cuda answer"]
+    )
+    return found
+
+
+def main() -> int:
+    """Run all three, print and write what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--json", type=Path, default=Path("card.json"))
+    args = parser.parse_args()
+    place = lay_out()
+    sys.path.insert(0, str(place))
+    work = Path(tempfile.mkdtemp())
+    record: dict[str, Any] = {}
+    parts = {
+        "kernel tests": lambda: kernel_tests(place),
+        "quantized": lambda: quantized(args.model, work),
+        "loaded": lambda: loaded(work / "gptq-cpu"),
+    }
+    for name, part in parts.items():
+        try:
+            record[name] = part()
+        except Exception as error:  # noqa: BLE001 - the other parts are wanted all the same
+            record[name] = {"ok": False, "raised": f"{type(error).__name__}: {error}"}
+        print(name, json.dumps(record[name]), flush=True)
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    rows = [row for part in record.values() for row in (part if isinstance(part, list) else [part])]
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
