@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import early
 from gptoss_quantize.cli_options import Method, WheelOpt
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing
