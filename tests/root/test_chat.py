@@ -23,6 +23,8 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.eval.examples import Sampling
 from gptoss_quantize.talk import Channels, Piece, Plain, Spoken, reader
 
+# python 3.12 warns of forks beside threads; what follows the fork here is exec
+pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 HERE = Path(__file__).parent
 MARKS = ["<|channel|>", "<|return|>", "<|call|>", "<|constrain|>"]
 THOUGHT = "<|channel|>analysis<|message|>Hm 🎉.<|end|>"
