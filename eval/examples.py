@@ -1,11 +1,15 @@
-"""A checkpoint loaded whole, asked, and its greedy answers: of `generate`, and the examples of a comparison."""
+"""A checkpoint loaded whole, asked, and its answers: of `generate` and `chat`, and the examples of a comparison."""
 
+import inspect
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from gptoss_quantize.calibration.text import render_chat
 from gptoss_quantize.checkpoint import Checkpoint
@@ -50,16 +54,119 @@ def ask(prompt: str, tokenizer: PreTrainedTokenizerBase, where: str, *, raw: boo
     return tokenizer(text, return_tensors="pt", add_special_tokens=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen: the likeliest at temperature 0, else by chance."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    seed: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what transformers' generate calls it."""
+        if not self.temperature:
+            return {"do_sample": False}
+        # all named: what is left out would come from the model's own configuration, or be a default of 50
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+        }
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a model added to a prompt, and how fast."""
+
+    ids: torch.Tensor  # [N], with the token that ended it
+    read: int  # tokens of the prompt that the model had to read: those that were not in the cache
+    read_seconds: float  # until the first token
+    seconds: float  # from the first token to the last
+
+    @property
+    def read_speed(self) -> float:
+        """Return the tokens per second of the prompt."""
+        return self.read / self.read_seconds if self.read_seconds else 0.0
+
+    @property
+    def speed(self) -> float | None:
+        """Return the tokens per second of the answer; None for an answer of one token, which takes no step."""
+        return (len(self.ids) - 1) / self.seconds if len(self.ids) > 1 and self.seconds else None
+
+
+class _EachToken(StoppingCriteria):
+    """Hands each token on as soon as it is chosen, notes when, and stops where that says so.
+
+    A streamer of transformers would be told later: after the decision whether to stop.
+    """
+
+    def __init__(self, on_token: Callable[[int], object]):
+        self._on_token = on_token
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        token = int(input_ids[0, -1])
+        self.times.append(time.perf_counter())
+        stop = self._on_token(token) is True
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw from a seed while it lasts, and leave the caller's random numbers as they were; nothing without one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.inference_mode()
-def continuation(model: Any, inputs: Any, new_tokens: int) -> torch.Tensor:
-    """Return the ids [N] that a model adds greedily."""
-    ids: torch.Tensor = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=new_tokens,
-        do_sample=False,
-    )
-    return ids[0, inputs["input_ids"].shape[1] :]
+def continuation(
+    model: Any,
+    inputs: Any,
+    new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    on_token: Callable[[int], object] = lambda token: None,
+    cache: Any = None,
+    stops: Sequence[int] = (),
+) -> Continuation:
+    """Return what a model adds to a prompt of [1, S] ids.
+
+    `on_token` is called with each id at once; True ends the answer there. `cache` is a transformers cache of the
+    prompt's first tokens, fewer than all, and holds all but the last token afterwards. `stops` are ids that end an
+    answer beside those that the model names.
+    """
+    told, watched = model.generation_config, _EachToken(on_token)
+    ends = told.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    # the keyword was renamed within the versions of transformers that we take
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    extra: dict[str, Any] = {} if cache is None else {keyword: cache}
+    if stops:
+        extra["eos_token_id"] = sorted({*ends, *stops})
+    if told.pad_token_id is None and (ends or stops):
+        extra["pad_token_id"] = [*ends, *stops][0]
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    known, asked = 0 if cache is None else cache.get_seq_length(), inputs["input_ids"].shape[1]
+    with _seeded(sampling.seed, model.device):
+        started = time.perf_counter()
+        ids: torch.Tensor = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            stopping_criteria=StoppingCriteriaList([watched]),
+            **sampling.settings(),
+            **extra,
+        )
+    first, last = (watched.times or [started])[0], (watched.times or [started])[-1]
+    return Continuation(ids[0, asked:].cpu(), asked - known, first - started, last - first)
 
 
 def answer(
@@ -70,7 +177,7 @@ def answer(
     for prompt in prompts:
         inputs = ask(prompt, tokenizer, "an example", raw=tokenizer.chat_template is None)
         started = time.perf_counter()
-        ids = continuation(model, inputs, new_tokens)
+        ids = continuation(model, inputs, new_tokens).ids
         out.append(
             {
                 "prompt": prompt,

@@ -1,20 +1,18 @@
-"""The public functions that measure a checkpoint, or let it speak: evaluate, compare, generate."""
+"""The public functions that measure a checkpoint: evaluate, compare."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptoss_quantize import progress as steps
 from gptoss_quantize.api_inputs import Place, Places, Show, at_least, open_checkpoint, products, tell_notes, words
-from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
+from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import compare as comparison
 from gptoss_quantize.eval import tasks as suite
-from gptoss_quantize.eval.examples import ask, continuation, load_model
 from gptoss_quantize.eval.fidelity import fidelity
 from gptoss_quantize.eval.profiles import Wanted, name_candidates
 from gptoss_quantize.eval.report import need_matplotlib, write_report
-from gptoss_quantize.prompts import check_ids, check_prompt
 from gptoss_quantize.results import Comparison, Evaluation
 from gptoss_quantize.terminal import showing
 
@@ -131,30 +129,3 @@ def compare(
     if wanted.tasks is not None:
         suite.export(dest / "tasks")
     return Comparison(dest, record)
-
-
-def generate(
-    model: Place, prompt: str, *, max_new_tokens: int = 60, raw: bool = False, dtype: str = "bfloat16"
-) -> str:
-    """Return the greedy answer of a checkpoint; int4 experts of ours stay packed in memory.
-
-    Args:
-        model: an int4 checkpoint of ours, or any gpt-oss directory.
-        prompt: the user's message, in the chat template (whose date is fixed), or plain text when `raw`.
-        max_new_tokens: how long the answer may be.
-        raw: continue the prompt as text.
-        dtype: of activations and of what is not packed.
-    """
-    path = Path(model)
-    at_least(1, max_new_tokens=max_new_tokens)
-    check_prompt(prompt)
-    tokenizer = load_tokenizer(path)
-    if raw and not prompt:
-        raise InputError("the prompt is empty, and --raw adds nothing to it; give at least one word (--prompt)")
-    if not raw and tokenizer.chat_template is None:
-        raise InputError(f"{path}: its tokenizer has no chat template; continue the prompt as plain text with --raw")
-    inputs = ask(prompt, tokenizer, "--prompt", raw=raw)
-    checkpoint = Checkpoint(path)
-    check_ids(inputs["input_ids"], checkpoint.config.vocab, f"{path}: the prompt")
-    ids = continuation(load_model(checkpoint, products(dtype)), inputs, max_new_tokens)
-    return str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes
+from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_exits import StoppedError, one_message
 from gptoss_quantize.cli_options import (
@@ -171,7 +171,7 @@ def quantize(
 
 
 for _name, _command in (
-    cli_measure.COMMANDS | cli_models.COMMANDS | cli_sizes.COMMANDS | cli_runtimes.COMMANDS
+    cli_measure.COMMANDS | cli_models.COMMANDS | cli_talk.COMMANDS | cli_sizes.COMMANDS | cli_runtimes.COMMANDS
 ).items():
     app.command(_name)(_command)
 

@@ -8,33 +8,15 @@ sooner. The facts about formats are those of `layouts` and `quantize.scales` (a 
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import check_utf8
-from gptoss_quantize.quantize.recipes import RECIPES, Recipe, override
+from gptoss_quantize.quantize.recipes import FORMATS, RECIPES, check_recipe, override
 from gptoss_quantize.units import parse_size
 
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What goes with a format."""
-
-    groups: tuple[int, ...]  # sizes that it has
-    rules: tuple[str, ...]  # for its scales
-    awq: bool
-    dense: tuple[str, ...]
-
-
-FORMATS = {
-    "int4": Facts((64, 32), ("absmax", "signed", "search"), True, ("source", "int8")),
-    "mxfp4": Facts((32,), ("absmax", "ceil", "search"), False, ("source",)),
-    # MXFP4 needs no recipe where it is exact, and int4 is written where it is not
-    "auto": Facts((64, 32), ("absmax", "signed", "search"), True, ("source",)),
-}
 PACKAGED_TEXTS = ("default", "heldout")
 PUBLISHED_SHAPES = ("gpt-oss-20b", "gpt-oss-120b")
 
@@ -63,19 +45,6 @@ def check_quantize(
         if dense in facts.dense:
             raise InputError(f"--dense {dense} and --polish do not go together; leave one of them out")
         raise InputError(f"--dense {dense} and --format {target} do not go together; leave one of them out")
-
-
-def check_recipe(method: str, recipe: Recipe, target: str) -> None:
-    """Raise InputError for a scale rule or a method that a format does not have."""
-    rules = FORMATS[target].rules
-    if recipe.scale not in rules:
-        other = "gptq or rtn" if target == "mxfp4" else "gptq, awq or rtn"
-        given = recipe.scale != RECIPES[method].scale
-        remedy = f"use --set scale={' or scale='.join(rules)}" if given else f"use --method {other}"
-        raise InputError(f"format {target} has no scale rule {recipe.scale!r}, which --method {method} "
-                         f"{'was given' if given else 'stands for'}; {remedy}")  # fmt: skip
-    if recipe.awq and not FORMATS[target].awq:
-        raise InputError(f"AWQ searches its folds for int4 codes; for --format {target} use --method gptq or rtn")
 
 
 def check_numbers(*, memory: str | None = None, device: str = "auto") -> None:
@@ -144,6 +113,12 @@ def _check_folder(name: str, path: Path) -> None:
     elif any(n.endswith(".gguf") for n in names):
         what = "no such file: this holds GGUF files; expected the Hugging Face directory that they were made from"
     raise InputError(f"{path / 'config.json'}: {what}")
+
+
+def check_once(candidates: list[Path]) -> None:
+    """Raise InputError for a candidate that is named twice."""
+    if len({path.resolve() for path in candidates}) != len(candidates):
+        raise InputError("a candidate is named twice; give every checkpoint once")
 
 
 def check_text(source: str, tokens: int | None = None, seq_len: int | None = None) -> None:

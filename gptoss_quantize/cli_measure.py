@@ -119,6 +119,7 @@ def compare(
     Run again to continue an interrupted comparison or to add a checkpoint: what was computed is kept.
     """
     early.check_report(report, "--report")
+    early.check_once(candidates)
     for path in candidates:
         early.check_input(path)
     early.check_input(baseline, adapter, revision, "--baseline")
@@ -156,10 +157,9 @@ def print_verdicts(record: dict[str, Any], report: Path) -> None:
     print_warnings(record)
     for entry in record["candidates"]:
         style = STYLES[entry["verdict"]["level"]]
-        console.print(
-            f"[{style}]{escape(entry['name'])}[/{style}]: {escape(entry['verdict']['sentence'])}", highlight=False
-        )
-    console.print(f"{report / 'report.html'} written, {record['seconds']:.0f} s")
+        line = f"[{style}]{escape(entry['name'])}[/{style}]: {escape(entry['verdict']['sentence'])}"
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"{report / 'report.html'} written, {record['seconds']:.0f} s", soft_wrap=True)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"evaluate": evaluate, "compare": compare}

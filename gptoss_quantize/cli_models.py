@@ -1,4 +1,4 @@
-"""The commands that make a model and let one speak: demo-model, generate, demo, synthetic-model."""
+"""The commands that make a model: demo-model, demo, synthetic-model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptoss_quantize import cli_early as early
-from gptoss_quantize.cli_options import Dtype, DtypeOpt, Method, WheelOpt
+from gptoss_quantize.cli_options import Method, WheelOpt
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing
 
@@ -43,22 +42,6 @@ def demo_model(
     console.print(f"[bold]{escape(str(dest))}[/bold] written")
 
 
-def generate(
-    model: Annotated[Path, typer.Argument(help="An int4 checkpoint of ours, or any gpt-oss directory.")],
-    prompt: Annotated[str, typer.Option(help="The user's message, or plain text with --raw.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as text, without the chat template.")
-    ] = False,
-    dtype: DtypeOpt = Dtype.bfloat16,
-) -> None:
-    """Generate text greedily from a checkpoint; int4 experts stay packed in memory."""
-    early.check_input(model)
-    from gptoss_quantize import api
-
-    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, raw=raw, dtype=dtype.value))
-
-
 def demo(
     out: Annotated[Path, typer.Argument(help="Directory for models, checkpoints and results.")] = Path("demo-out"),
     methods: Annotated[str, typer.Option(help="Comma-separated methods to compare.")] = "rtn,rtn-signed,awq,gptq",
@@ -88,24 +71,39 @@ def demo(
             progress=show,
         )
     printed = Console()
-    printed.print(demo_table(out / "model", record["reports"], record["results"]))
+    printed.print(demo_table(out / "model", record))
     for name, answer in record["answers"].items():
         printed.print(f"[bold]{name}:[/bold] {escape(answer)}", highlight=False)
     printed.print(f"{record['total_seconds']:.0f} s in all; numbers in {escape(str(out / RESULTS))}")
 
 
-def demo_table(model: Path, reports: dict[str, dict[str, Any]], results: dict[str, dict[str, Any]]) -> Table:
-    """Return the comparison table of a demo."""
-    table = Table(title="int4 experts, group 64, against the unquantized model", box=SIMPLE)
-    for name in ("method", "bits", "ppl", "KL mean", "KL p99", "top-1", "MiB", "seconds", "peak MiB"):
+def demo_table(model: Path, record: dict[str, Any]) -> Table:
+    """Return the comparison table of a demo, at most 80 columns wide: a row per method."""
+    speeds = {name: "" if speed is None else f"{speed:.1f}" for name, speed in record["tokens_per_second"].items()}
+    table = Table(
+        title="int4 experts, group 64, against the unquantized model",
+        caption="tok/s: of the answer below, on the processor. s: quantizing. peak: MiB of memory, so far",
+        box=SIMPLE,
+        padding=(0, 0, 0, 1),
+    )
+    for name in ("method", "bits", "ppl", "KL mean", "KL p99", "top-1", "MiB", "tok/s", "s", "peak"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    first = next(iter(results.values()))
+    first = next(iter(record["results"].values()))
     size = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
     table.add_row(
-        "unquantized", "16", f"{first['baseline_perplexity']:.2f}", "0", "0", "100 %", f"{size:.0f}", "", ""
+        "unquantized",
+        "16",
+        f"{first['baseline_perplexity']:.2f}",
+        "0",
+        "0",
+        "100 %",
+        f"{size:.0f}",
+        speeds["unquantized"],
+        "",
+        "",
     )
-    for name, result in results.items():
-        report = reports[name]
+    for name, result in record["results"].items():
+        report = record["reports"][name]
         table.add_row(
             name,
             f"{report['expert_bits_per_weight']:.2f}",
@@ -114,6 +112,7 @@ def demo_table(model: Path, reports: dict[str, dict[str, Any]], results: dict[st
             f"{result['kl_p99']:.3f}",
             f"{100 * result['top1_agreement']:.1f} %",
             f"{report['bytes'] / 2**20:.0f}",
+            speeds.get(name, ""),
             f"{report['seconds']:.0f}",
             f"{report['peak_rss_mib']}",
         )
@@ -142,7 +141,6 @@ def synthetic_model(
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo-model": demo_model,
-    "generate": generate,
     "demo": demo,
     "synthetic-model": synthetic_model,
 }

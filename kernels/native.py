@@ -84,14 +84,14 @@ def _compile(compiler: str, scratch: Path) -> list[str]:
         ]
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, make: bool = True) -> Path:
     """Return the compiled library, from the cache or made now; OSError or CalledProcessError where that fails."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     texts = [path.read_text(encoding="utf-8") for path in (HEADER, DOT_HEADER, *NATIVE, EXPERTS, DOT)]
     key = "\0".join([*texts, version, *FLAGS, *LINK, str(INSTRUCTION_SETS), platform.machine(), _processor()])
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_quantize"
-    if (cache / name).is_file():
+    if (cache / name).is_file() or not make:
         return cache / name
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -163,6 +163,12 @@ def _check(grid: Codes, group: int, columns: int, width: int) -> None:
 def problem() -> str:
     """Return why the C++ loops cannot be used, or "" if they can."""
     return _load()[1]
+
+
+def library() -> Path | None:
+    """Return where the compiled library lies, or is going to lie, and compile nothing; None without a compiler."""
+    compiler = _compiler()
+    return None if compiler is None else _build(compiler, make=False)
 
 
 def _function(name: str, dtype: torch.dtype | None = None) -> Callable[..., None]:

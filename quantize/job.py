@@ -11,7 +11,6 @@ import torch
 from gptoss_quantize import __version__
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.cli_early import check_recipe
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
@@ -29,7 +28,7 @@ from gptoss_quantize.quantize.budget import (
 from gptoss_quantize.quantize.layer import Target
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.ranks import Ranks
-from gptoss_quantize.quantize.recipes import Recipe
+from gptoss_quantize.quantize.recipes import Recipe, check_recipe
 from gptoss_quantize.units import gib
 
 

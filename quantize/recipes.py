@@ -77,3 +77,37 @@ def override(recipe: Recipe, settings: list[str]) -> Recipe:
             "recipe field asymmetric corrects the target of error feedback: gptq=false needs asymmetric=0"
         )
     return changed
+
+
+# ---- what goes with a format; the same as in `layouts` and `quantize.scales` (a test compares), without torch
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What goes with a format."""
+
+    groups: tuple[int, ...]  # sizes that it has
+    rules: tuple[str, ...]  # for its scales
+    awq: bool
+    dense: tuple[str, ...]
+
+
+FORMATS = {
+    "int4": Facts((64, 32), ("absmax", "signed", "search"), True, ("source", "int8")),
+    "mxfp4": Facts((32,), ("absmax", "ceil", "search"), False, ("source",)),
+    # MXFP4 needs no recipe where it is exact, and int4 is written where it is not
+    "auto": Facts((64, 32), ("absmax", "signed", "search"), True, ("source",)),
+}
+
+
+def check_recipe(method: str, recipe: Recipe, target: str) -> None:
+    """Raise InputError for a scale rule or a method that a format does not have."""
+    rules = FORMATS[target].rules
+    if recipe.scale not in rules:
+        other = "gptq or rtn" if target == "mxfp4" else "gptq, awq or rtn"
+        given = recipe.scale != RECIPES[method].scale
+        remedy = f"use --set scale={' or scale='.join(rules)}" if given else f"use --method {other}"
+        raise InputError(f"format {target} has no scale rule {recipe.scale!r}, which --method {method} "
+                         f"{'was given' if given else 'stands for'}; {remedy}")  # fmt: skip
+    if recipe.awq and not FORMATS[target].awq:
+        raise InputError(f"AWQ searches its folds for int4 codes; for --format {target} use --method gptq or rtn")

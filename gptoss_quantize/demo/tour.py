@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_quantize import api
+from gptoss_quantize.api_talk import speak
 from gptoss_quantize.calibration.sources import default_calibration_path
 from gptoss_quantize.demo.model import build_demo_model
 from gptoss_quantize.demo.synthetic import build_synthetic_model
@@ -18,6 +19,8 @@ from gptoss_quantize.progress import Progress, phases, silent
 COMMAND = "demo"
 RESULTS = "demo.json"
 PROMPT = "What is the capital of France, and what is it known for?"
+# the longest answer in tokens
+ANSWER = 48
 
 
 def make_demo_model(
@@ -102,11 +105,17 @@ def run_demo(
         }
         record = api.evaluate(made, model, tokens=eval_tokens, progress=progress).report
         best = min(methods, key=lambda name: record["results"][name]["kl_mean"])
-        answers = {
-            name: api.generate(path, PROMPT, max_new_tokens=48, dtype="auto")
+        said = {
+            name: speak(path, PROMPT, ANSWER, on=("cpu", "auto"))
             for name, path in (("unquantized", model), (best, made[best]))
         }
-        seconds = round(time.perf_counter() - started, 1)
-        record |= {"demo_model": facts, "reports": reports, "answers": answers, "total_seconds": seconds}
+        record |= {
+            "demo_model": facts,
+            "reports": reports,
+            "answers": {name: answer.text for name, answer in said.items()},
+            # of the first answer of a model just loaded, without the reading of the question
+            "tokens_per_second": {name: answer.made.speed for name, answer in said.items()},
+            "total_seconds": round(time.perf_counter() - started, 1),
+        }
         write_json(out / RESULTS, record)
     return record

@@ -4,16 +4,20 @@ import json
 import os
 import shutil
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from gptoss_quantize import cli
+from gptoss_quantize import cli, cli_models
 from gptoss_quantize.demo import tour
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import MARK, read_mark
 
 THESIS = "three years of work"
+# the tiny model's weights are random, and quantizing says so
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot predict text:UserWarning")
 
 
 @pytest.fixture
@@ -51,6 +55,10 @@ def test_a_demo_writes_marked_directories_and_its_numbers(demo, tmp_path):
     assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(record))
     assert record["results"].keys() == record["reports"].keys() == {"rtn"}
     assert record["answers"].keys() == {"unquantized", "rtn"} and record["total_seconds"] > 0
+    # both spoke, for more than a token and less than all of the time
+    for speed in record["tokens_per_second"].values():
+        assert tour.ANSWER / record["total_seconds"] < speed < 1e5
+    assert record["tokens_per_second"].keys() == record["answers"].keys()
     assert read_mark(out)["command"] == "demo"
     assert phases == {
         "demo model: layer",
@@ -165,6 +173,26 @@ def test_the_command_prints_table_and_answers(demo, tmp_path, monkeypatch, capsy
     code, printed, err = run()
     assert (code, printed) == (1, "") and "--overwrite" in err
     assert run("--overwrite")[0] == 0
+
+
+def test_the_table_fits_80_columns(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(bytes(3 << 20))
+    numbers = {"baseline_perplexity": 123.45, "perplexity": 123.46, "kl_mean": 0.1884, "kl_p99": 0.99}
+    reports = {"expert_bits_per_weight": 4.25, "bytes": 1400 << 20, "seconds": 1235.0, "peak_rss_mib": 12038}
+    methods = ("rtn", "rtn-signed", "awq+gptq")
+    record = {
+        "results": {name: numbers | {"top1_agreement": 1.0} for name in methods},
+        "reports": dict.fromkeys(methods, reports),
+        "tokens_per_second": {"unquantized": 106.13, "awq+gptq": 4.86},
+    }
+    console = Console(width=80, file=StringIO())
+    console.print(cli_models.demo_table(tmp_path, record))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80 and "…" not in console.file.getvalue()
+    rows = {line.split()[0]: line.split() for line in lines if line.split()}
+    column = rows["method"].index("tok/s") - len(rows["method"])
+    assert rows["unquantized"] == ["unquantized", "16", "123.45", "0", "0", "100", "%", "3", "106.1"]
+    assert rows["awq+gptq"][column] == "4.9" and "1400 1235 12038" in " ".join(rows["rtn"])
 
 
 def test_sample_text_is_the_packaged_one():
