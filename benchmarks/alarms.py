@@ -28,7 +28,7 @@ from gptoss_quantize.eval.verdict import CEILING_KL, LEAST_TOP1
 from gptoss_quantize.model import hidden_states, logits
 from gptoss_quantize.runtimes.agreement import LIMITS, alarm, bound, compare
 from gptoss_quantize.runtimes.check_file import experts_row
-from gptoss_quantize.runtimes.verify import Job, spread
+from gptoss_quantize.runtimes.verify import VerifyRequest, spread
 
 Damage = Callable[[int, int, Expert], Expert]
 
@@ -148,8 +148,8 @@ def files(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print and return what `verify` says of the experts of right checkpoints."""
     ids, baseline, rows = text_of(args), Checkpoint(args.model), []
     for path in args.checkpoints:
-        job = Job(checkpoint=Checkpoint(path), baseline=baseline, ids=ids, positions=[0], texts=[])
-        rows.append({"checkpoint": str(path), **experts_row(job).record()})
+        asked = VerifyRequest(checkpoint=Checkpoint(path), baseline=baseline, ids=ids, positions=[0], texts=[])
+        rows.append({"checkpoint": str(path), **experts_row(asked).record()})
         print(f"{path}: {rows[-1]['verdict']}: {rows[-1]['note']}", flush=True)
     return rows
 

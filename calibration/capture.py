@@ -14,7 +14,7 @@ import torch
 
 from gptoss_quantize.calibration.moments import token_blocks
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.kernels.experts import route, tokens_of
+from gptoss_quantize.kernels.experts import route, rows_of
 from gptoss_quantize.model import attend, mlp_input, rope_tables, router
 
 SAMPLE_TOKENS = 256
@@ -63,14 +63,14 @@ class Routed:
     later: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # see `add`
     gather: Callable[[Any], list[Any]] = lambda value: [value]  # the values of all ranks, in their order
 
-    def tokens(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (token rows [n], router probabilities [n]) of an expert."""
-        token, slot = tokens_of(self.index, expert)
+        token, slot = rows_of(self.index, expert)
         return token, self.prob[token, slot]
 
     def blocks(self, expert: int) -> Iterator[Block]:
         """Yield an expert's tokens in blocks, and drop each from memory when the next is asked for."""
-        token, prob = self.tokens(expert)
+        token, prob = self.rows_of(expert)
         for part in token_blocks(token.numel()):
             yield Block(token[part], self.x[token[part]], prob[part])
             self.drop()
@@ -83,7 +83,7 @@ class Routed:
 
     def sample(self, expert: int) -> Sample:
         """Return at most SAMPLE_TOKENS of an expert's tokens, evenly spaced."""
-        token, prob = self.tokens(expert)
+        token, prob = self.rows_of(expert)
         count = token.numel()
         keep = torch.arange(0, count, max(1, -(-count // SAMPLE_TOKENS)), device=token.device)
         share = count / max(1, keep.numel())

@@ -22,7 +22,7 @@ from torch.nn import functional
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.eval.trees import Layout, Stream
-from gptoss_quantize.kernels.experts import tokens_of
+from gptoss_quantize.kernels.experts import rows_of
 from gptoss_quantize.model import EXPERT_BLOCK, expert_act, mlp_input
 from gptoss_quantize.source import Expert
 
@@ -78,7 +78,7 @@ class _Side:
 
     def add(self, expert: Expert, number: int) -> None:
         """Add an expert's output for the tokens that this model routes to it."""
-        token, slot = tokens_of(self.index, number)
+        token, slot = rows_of(self.index, number)
         y = expert_output(self.x[token], expert, self.stream.config)
         self.out.index_add_(0, token, y * self.prob[token, slot, None])
 
@@ -116,7 +116,7 @@ def _layer(base_stream: Stream, streams: list[Stream], index: int) -> list[dict[
     errors: list[list[float | None]] = [[] for _ in streams]
     E = base_stream.config.experts
     for number in range(E):
-        token, slot = tokens_of(base.index, number)
+        token, slot = rows_of(base.index, number)
         weights = base_stream.checkpoint.expert(index, number, base_stream.dtype)
         exact = expert_output(base.x[token], weights, base_stream.config)
         base.out.index_add_(0, token, exact * base.prob[token, slot, None])

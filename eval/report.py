@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.eval.card import card
+from gptoss_quantize.eval.model_card import model_card
 from gptoss_quantize.eval.verdict import CEILING_KL, LEAST_TOP1, WORDS, points
 from gptoss_quantize.files import write_json
 
@@ -197,7 +197,7 @@ def write_report(record: dict[str, Any], dest: Path) -> list[Path]:
     """Write report.json, report.html and README.md into `dest`; return their paths."""
     paths = [dest / name for name in ("report.json", "report.html", "README.md")]
     write_json(paths[0], record)
-    for path, text in ((paths[1], render(record)), (paths[2], card(record))):
+    for path, text in ((paths[1], render(record)), (paths[2], model_card(record))):
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

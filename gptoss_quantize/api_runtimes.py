@@ -134,7 +134,7 @@ def verify(
     ids = load_tokens(spec, tokenizer).ids
     check_ids(ids, opened.config.vocab, f"{checkpoint}: the text")
     with showing(progress) as show:
-        job = verification.Job(
+        asked = verification.VerifyRequest(
             checkpoint=opened,
             baseline=None if baseline is None else open_checkpoint(baseline),
             ids=ids,
@@ -145,7 +145,7 @@ def verify(
             exact=exact,
             progress=steps.phases(show),
         )
-        rows = [*check_file(job), *verification.verify(job, tuple(names))]
+        rows = [*check_file(asked), *verification.verify(asked, tuple(names))]
         return Verification([row.record() for row in rows])
 
 

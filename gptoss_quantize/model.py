@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from gptoss_quantize.config import ModelConfig, rope_frequencies
-from gptoss_quantize.kernels.experts import gated, route, tokens_of
+from gptoss_quantize.kernels.experts import gated, route, rows_of
 from gptoss_quantize.source import Expert, Source
 
 # scores of one attention call stay below this many elements (256 MB of float32 mask and scores at most)
@@ -139,7 +139,7 @@ def moe(
     """Return the MoE block output [T, D] in float32; products in the dtype of x, experts taken one by one."""
     out = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for e, expert in enumerate(experts):
-        token, slot = tokens_of(index_TK, e)
+        token, slot = rows_of(index_TK, e)
         # in blocks, so that intermediates stay in cache and malloc can reuse them
         for rows, places in zip(token.split(EXPERT_BLOCK), slot.split(EXPERT_BLOCK), strict=True):
             y = functional.linear(expert_act(x_TD[rows], expert, config), expert.down, expert.down_bias)

@@ -129,7 +129,7 @@ def route(
     return index_TK, torch.softmax(values_TK, dim=-1)
 
 
-def tokens_of(index_TK: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(index_TK: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (token rows [n], position among the token's k choices [n]) of the tokens routed to an expert."""
     token, slot = torch.where(index_TK == expert)
     return token, slot
@@ -146,7 +146,7 @@ def experts_torch(
     """Return the block output [T, D]: dequantize one hit expert at a time, multiply in the dtype of x."""
     out_TD = torch.zeros_like(x_TD)
     for expert in torch.unique(index_TK).tolist():
-        token, slot = tokens_of(index_TK, expert)
+        token, slot = rows_of(index_TK, expert)
         of = packed.of(expert)
         w13 = int4.weights(of.w13_packed, of.w13_scale, x_TD.dtype)
         act = gated(x_TD[token], w13, of.w13_bias.to(x_TD.dtype), limit, alpha)
@@ -174,7 +174,7 @@ def experts_gradient(
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
     by_x, by_prob = torch.zeros_like(x_TD, dtype=dtype), torch.zeros_like(prob_TK, dtype=dtype)
     for expert in torch.unique(index_TK).tolist():
-        token, slot = tokens_of(index_TK, expert)
+        token, slot = rows_of(index_TK, expert)
         of = packed.of(expert)
         slope = slope_TD[token].to(dtype)
         w13 = by_halves(int4.dequantize(int4.unpack(of.w13_packed), of.w13_scale, dtype))

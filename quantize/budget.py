@@ -186,7 +186,7 @@ def resolve_card(
     return Budget(bytes=limit, experts_at_once=min(useful, count), states="memory")
 
 
-def memory_plan(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:
+def memory_needs(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, int | str | None]:
     """Return what a run needs at least, and what the default budget would make of the memory that is free now."""
     base = psutil.Process().memory_info().rss
     plan: dict[str, int | str | None] = {"least": needed(config, tokens, dtype, base), "peak": None}

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import int4
-from gptoss_quantize.kernels.experts import by_halves, tokens_of
+from gptoss_quantize.kernels.experts import by_halves, rows_of
 from gptoss_quantize.layouts import WRITTEN
 from gptoss_quantize.model import attend, batches, mlp_input, rms_norm, rope_tables, router
 from gptoss_quantize.quantize.budget import POLISH_CHUNK
@@ -152,7 +152,7 @@ def run_layer(
     x = x.to(dtype)
     out = torch.zeros_like(flat)
     for e in range(config.experts):
-        token, slot = tokens_of(index_TK, e)
+        token, slot = rows_of(index_TK, e)
         if not token.numel():
             continue
         scale13, bias13, w13 = _projection(tensors, values, e, "gate_up", dtype)

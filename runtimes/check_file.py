@@ -19,7 +19,7 @@ from gptoss_quantize.eval.experts import compare_experts
 from gptoss_quantize.eval.identity import adapter_difference, config_differences
 from gptoss_quantize.eval.trees import Tree, lay_out
 from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, SUSPECT
-from gptoss_quantize.runtimes.verify import Job, Row, predictions
+from gptoss_quantize.runtimes.verify import Row, VerifyRequest, predictions
 
 OURS = "the file"
 # |error|^2 / |output|^2 of a layer and of one expert; right 4-bit experts stay below a fifth of it (docs/verdicts.md)
@@ -29,36 +29,36 @@ EXPERT_ERROR = 0.7
 FEW_TOKENS = 4
 
 
-def check_file(job: Job) -> list[Row]:
+def check_file(asked: VerifyRequest) -> list[Row]:
     """Return the lines on the checkpoint itself, and on what it is compared with."""
-    rows = [row for row in (predicts_text(job),) if row is not None]
-    if job.baseline is None or job.baseline.path.resolve() == job.checkpoint.path.resolve():
+    rows = [row for row in (predicts_text(asked),) if row is not None]
+    if asked.baseline is None or asked.baseline.path.resolve() == asked.checkpoint.path.resolve():
         return rows
-    if found := config_differences(job.baseline, job.checkpoint):
+    if found := config_differences(asked.baseline, asked.checkpoint):
         rows.append(Row(OURS, "config", DISAGREES, note="; ".join(found)))
-    if lost := lost_biases(job.baseline, job.checkpoint):
+    if lost := lost_biases(asked.baseline, asked.checkpoint):
         shown = ", ".join(lost[:3]) + (" ..." if len(lost) > 3 else "")
         rows.append(Row(OURS, "biases", DISAGREES, note=f"all zero, the baseline's are not: {shown}"))
-    adapter = adapter_difference(job.baseline, job.checkpoint)
+    adapter = adapter_difference(asked.baseline, asked.checkpoint)
     if adapter is not None:
         rows.append(Row(OURS, "adapter", SUSPECT, note=adapter))
-    return [*rows, experts_row(job)]
+    return [*rows, experts_row(asked)]
 
 
-def perplexity(job: Job, log_probs_PV: torch.Tensor) -> tuple[float, int]:
+def perplexity(asked: VerifyRequest, log_probs_PV: torch.Tensor) -> tuple[float, int]:
     """Return (perplexity, number of predictions) of the next tokens at the positions compared."""
-    known = [p for p in job.positions if p + 1 < job.ids.shape[1]]
-    kept = log_probs_PV.view(len(job.ids), len(job.positions), -1)[:, : len(known)]
-    following = job.ids[:, [p + 1 for p in known]]
+    known = [p for p in asked.positions if p + 1 < asked.ids.shape[1]]
+    kept = log_probs_PV.view(len(asked.ids), len(asked.positions), -1)[:, : len(known)]
+    following = asked.ids[:, [p + 1 for p in known]]
     loss = -kept.gather(-1, following[..., None]).double()
     return (math.exp(min(700.0, float(loss.mean()))) if loss.numel() else math.nan), loss.numel()
 
 
-def predicts_text(job: Job) -> Row | None:
+def predicts_text(asked: VerifyRequest) -> Row | None:
     """Return a line on a model that cannot predict text, None for one that can."""
-    who, model = ("baseline", job.baseline) if job.baseline is not None else ("checkpoint", job.checkpoint)
-    found = predictions(model, job, on_layer=job.progress(f"{who} on text: layer"))
-    value, count = perplexity(job, found)
+    who, model = ("baseline", asked.baseline) if asked.baseline is not None else ("checkpoint", asked.checkpoint)
+    found = predictions(model, asked, on_layer=asked.progress(f"{who} on text: layer"))
+    value, count = perplexity(asked, found)
     why = suspicion(value, count, model.config.vocab) if count else None
     return None if why is None else Row(OURS, f"{who} predicts text", SUSPECT, note=why)
 
@@ -91,19 +91,19 @@ def worst_expert(layers: list[dict[str, Any]]) -> tuple[float, int, int]:
     return max(found, default=(0.0, 0, 0))
 
 
-def experts_row(job: Job) -> Row:
+def experts_row(asked: VerifyRequest) -> Row:
     """Return the line on the checkpoint's experts against the baseline's."""
-    assert job.baseline is not None
-    step = job.progress("experts against the baseline's: layer")
+    assert asked.baseline is not None
+    step = asked.progress("experts against the baseline's: layer")
     done = 0
 
     def on_layer() -> None:
         nonlocal done
         done += 1
-        step(done, job.checkpoint.config.layers)
+        step(done, asked.checkpoint.config.layers)
 
-    layout = lay_out([Tree((row[0],), (tuple(row[1:]),)) for row in job.ids.tolist()])
-    (layers,) = compare_experts(job.baseline, [job.checkpoint], layout, on_layer=on_layer)
+    layout = lay_out([Tree((row[0],), (tuple(row[1:]),)) for row in asked.ids.tolist()])
+    (layers,) = compare_experts(asked.baseline, [asked.checkpoint], layout, on_layer=on_layer)
     expert, at, number = worst_expert(layers)
     block, worst = max((layer["error_clean"], i) for i, layer in enumerate(layers))
     note = (

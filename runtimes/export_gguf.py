@@ -29,7 +29,7 @@ from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.kernels import ggml, int4
 from gptoss_quantize.layouts import INT4, MXFP4, dense_shapes
 from gptoss_quantize.runtimes.gguf_vocab import add_tokenizer
-from gptoss_quantize.runtimes.staging import Planned, write_chunks
+from gptoss_quantize.runtimes.staging import PendingTensor, write_chunks
 
 ARCH = "gpt-oss"
 STORED = {torch.bfloat16: Ggml.BF16, torch.float16: Ggml.F16, torch.float32: Ggml.F32}
@@ -103,7 +103,7 @@ def is_int8(checkpoint: Checkpoint, name: str) -> bool:
     return checkpoint.dense_layout.packs(name)
 
 
-def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
+def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[PendingTensor]:
     """Yield the tensors outside the experts."""
     config = checkpoint.config
 
@@ -120,21 +120,21 @@ def dense_entries(checkpoint: Checkpoint, dense_type: str) -> Iterator[Planned]:
         kind = stored if wanted is None else wanted
         if len(shape) == 1 or ".router." in name:
             kind = Ggml.F32
-        yield Planned(gguf_name(name), shape, kind, partial(read, name, kind))
+        yield PendingTensor(gguf_name(name), shape, kind, partial(read, name, kind))
         if name == "model.embed_tokens.weight" and config.tied:
-            yield Planned("output.weight", shape, kind, partial(read, name, kind))
+            yield PendingTensor("output.weight", shape, kind, partial(read, name, kind))
     if not config.attention_bias:
         # llama.cpp's loader asks for them; zeros add nothing
         rows = {n.rsplit(".", 1)[0]: s[0] for n, s in dense_shapes(config).items() if n.endswith("_proj.weight")}
         for stem, count in rows.items():
-            yield Planned(gguf_name(stem + ".bias"), (count,), Ggml.F32, partial(_zeros, count))
+            yield PendingTensor(gguf_name(stem + ".bias"), (count,), Ggml.F32, partial(_zeros, count))
 
 
 def _zeros(count: int) -> Iterator[torch.Tensor]:
     yield torch.zeros(count)
 
 
-def expert_entries(checkpoint: Checkpoint, layer: int, kind: Ggml) -> Iterator[Planned]:
+def expert_entries(checkpoint: Checkpoint, layer: int, kind: Ggml) -> Iterator[PendingTensor]:
     """Yield the six expert tensors of one layer, read one expert at a time."""
     config = checkpoint.config
     E, D, F = config.experts, config.hidden, config.intermediate
@@ -158,8 +158,8 @@ def expert_entries(checkpoint: Checkpoint, layer: int, kind: Ggml) -> Iterator[P
         ("down", "down", slice(None), (E, D, F)),
     ):
         base = f"blk.{layer}.ffn_{name}_exps"
-        yield Planned(base + ".weight", shape, kind, partial(weights, part, rows))
-        yield Planned(base + ".bias", shape[:2], Ggml.F32, partial(biases, part, rows))
+        yield PendingTensor(base + ".weight", shape, kind, partial(weights, part, rows))
+        yield PendingTensor(base + ".bias", shape[:2], Ggml.F32, partial(biases, part, rows))
 
 
 def _as_q4_0(checkpoint: Checkpoint, layer: int, expert: int, part: str, rows: slice) -> torch.Tensor:
@@ -278,7 +278,7 @@ def write_gguf(
     return {"experts": kind.name, "tensors": len(entries), "bytes": path.stat().st_size, "pre_tokenizer": pre}
 
 
-def _write_tensors(writer: gguf.GGUFWriter, entries: list[Planned], on_tensor: Progress) -> None:
+def _write_tensors(writer: gguf.GGUFWriter, entries: list[PendingTensor], on_tensor: Progress) -> None:
     """Write header, metadata and the tensors one after the other, as their chunks come."""
     for entry in entries:
         # a float dtype makes the writer take the shape as given, not as bytes

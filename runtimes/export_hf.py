@@ -17,7 +17,7 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.layouts import FLOAT, MXFP4, dense_shapes, expert_shapes, layer_of, quantization_config
-from gptoss_quantize.runtimes.staging import Planned, write_shards
+from gptoss_quantize.runtimes.staging import PendingTensor, write_shards
 from gptoss_quantize.source import StoredSource
 
 
@@ -28,13 +28,13 @@ def plain_config(checkpoint: StoredSource, dtype: torch.dtype) -> dict[str, Any]
     return raw | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def dense_shards(checkpoint: StoredSource) -> tuple[list[Planned], list[list[Planned]]]:
+def dense_shards(checkpoint: StoredSource) -> tuple[list[PendingTensor], list[list[PendingTensor]]]:
     """Return (tensors outside the layers, tensors of each layer outside its experts), all copied as stored."""
-    outer: list[Planned] = []
-    layers: list[list[Planned]] = [[] for _ in range(checkpoint.config.layers)]
+    outer: list[PendingTensor] = []
+    layers: list[list[PendingTensor]] = [[] for _ in range(checkpoint.config.layers)]
     for name, shape in dense_shapes(checkpoint.config).items():
         # float32 holds int8 code times scale exactly
-        entry = Planned(name, shape, checkpoint.dense_dtype(name), partial(_copied, checkpoint, name))
+        entry = PendingTensor(name, shape, checkpoint.dense_dtype(name), partial(_copied, checkpoint, name))
         layer = layer_of(name)
         place = outer if layer is None else layers[layer]
         place.append(entry)
@@ -93,7 +93,7 @@ def write_float(
     for layer, entries in enumerate(layers):
         base = f"model.layers.{layer}.mlp.experts."
         for name, part in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            entries.append(Planned(base + name, fused[base + name], dtype, partial(matrices, layer, part)))
+            entries.append(PendingTensor(base + name, fused[base + name], dtype, partial(matrices, layer, part)))
             entries.append(_biases(checkpoint, layer, part))
     total = write_shards(folder, [outer, *layers], "model", on_shard)
     write_json(folder / "config.json", plain_config(checkpoint, dtype))
@@ -101,12 +101,14 @@ def write_float(
     return {"bytes": total, **rounding.record()}
 
 
-def _biases(checkpoint: StoredSource, layer: int, part: str) -> Planned:
+def _biases(checkpoint: StoredSource, layer: int, part: str) -> PendingTensor:
     """Return the fused biases of a layer in their stored dtype."""
     name = f"model.layers.{layer}.mlp.experts.{part}_proj_bias"
     E, _ = shape = expert_shapes(checkpoint.config, FLOAT)[name]
     stored = checkpoint.expert_bias(layer, 0, part).dtype
-    return Planned(name, shape, stored, lambda: (checkpoint.expert_bias(layer, e, part).to(stored) for e in range(E)))
+    return PendingTensor(
+        name, shape, stored, lambda: (checkpoint.expert_bias(layer, e, part).to(stored) for e in range(E))
+    )
 
 
 def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_progress) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_pr
         return (checkpoint.read(name, e) for e in range(E))
 
     for name, shape in expert_shapes(checkpoint.config, MXFP4).items():
-        entry = Planned(name, shape, checkpoint.info(name).dtype, partial(slices, name))
+        entry = PendingTensor(name, shape, checkpoint.info(name).dtype, partial(slices, name))
         layers[int(name.split(".")[2])].append(entry)
     total = write_shards(folder, [outer, *layers], "model", on_shard)
     config = plain_config(checkpoint, torch.bfloat16)

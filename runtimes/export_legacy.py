@@ -20,7 +20,7 @@ from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.kernels import ggml, int4, legacy
 from gptoss_quantize.layouts import INT4
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config
-from gptoss_quantize.runtimes.staging import Planned, write_shards
+from gptoss_quantize.runtimes.staging import PendingTensor, write_shards
 
 SPLIT_KEY = "gate_up_split"
 INTERLEAVED = "interleaved"
@@ -93,7 +93,7 @@ def linear_shapes(rows: int, columns: int, group_size: int, layout: str) -> dict
     return {"qweight": ((columns // 8, rows), torch.int32), **common, "g_idx": ((columns,), torch.int32)}
 
 
-def _entries(checkpoint: Checkpoint, layer: int, expert: int, layout: str) -> Iterator[Planned]:
+def _entries(checkpoint: Checkpoint, layer: int, expert: int, layout: str) -> Iterator[PendingTensor]:
     config = checkpoint.config
     base = f"model.layers.{layer}.mlp.experts.{expert}."
 
@@ -121,9 +121,9 @@ def _entries(checkpoint: Checkpoint, layer: int, expert: int, layout: str) -> It
         name = f"{base}{projection}."
         shapes = linear_shapes(*sizes[projection], checkpoint.group_size, layout)
         for suffix, (shape, dtype) in shapes.items():
-            yield Planned(name + suffix, shape, dtype, partial(tensor, part, rows, suffix))
+            yield PendingTensor(name + suffix, shape, dtype, partial(tensor, part, rows, suffix))
         stored = checkpoint.info(checkpoint.layout.base(layer, expert, part) + "_bias").dtype
-        yield Planned(name + "bias", sizes[projection][:1], stored, partial(bias, part, rows))
+        yield PendingTensor(name + "bias", sizes[projection][:1], stored, partial(bias, part, rows))
 
 
 def write_legacy(

@@ -30,7 +30,7 @@ from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
 from gptoss_quantize.runtimes.foreign import JOINED, SPLITS, Foreign
-from gptoss_quantize.runtimes.staging import REPORT_NAME, Planned, write_shards
+from gptoss_quantize.runtimes.staging import REPORT_NAME, PendingTensor, write_shards
 from gptoss_quantize.source import Source
 
 # nats per token; a wrong reading of the demo model costs more than 1
@@ -149,7 +149,7 @@ def _write_int4(source: Foreign, folder: Path, on_shard: Progress) -> dict[str, 
         for expert in range(config.experts):
             for suffix, like in first.items():
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{suffix}"
-                entries.append(Planned(name, shapes[name], like.dtype, partial(tensor, layer, expert, suffix)))
+                entries.append(PendingTensor(name, shapes[name], like.dtype, partial(tensor, layer, expert, suffix)))
     total = write_shards(folder, [outer, *layers], INT4.shard_stem, on_shard)
     marker = {"version": __version__, "format": INT4.name, "method": "imported", "group_size": group_size}
     settings = {"quantization_config": quantization_config(INT4, group_size), "gptoss_quantize": marker}

@@ -9,7 +9,7 @@ from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import AS_SOURCE, DENSE, INT4
 from gptoss_quantize.machine import compute_dtype
-from gptoss_quantize.quantize.budget import memory_plan
+from gptoss_quantize.quantize.budget import memory_needs
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.mxfp4_values import look_at
 from gptoss_quantize.quantize.recipes import RECIPES
@@ -57,7 +57,7 @@ def plan_record(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any
         "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
         "sparsity": sparsity(wanted.model, config),
         "serve": serve_command("OUT", config, group_size, wanted.gpu_memory, wanted.contexts[-1], dense_dtype),
-        "memory": memory_plan(config, wanted.tokens, compute),
+        "memory": memory_needs(config, wanted.tokens, compute),
     }
     if wanted.measure:
         record["time"] = estimate(config, RECIPES[wanted.method], group_size, wanted.tokens, wanted.seq_len, compute)

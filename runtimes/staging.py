@@ -1,7 +1,7 @@
 """Files written tensor by tensor: a file of any size needs the memory of one chunk, one expert's matrix at most.
 
-A writer gets a list of `Planned` tensors: what a header says about each, and a function that yields its bytes in
-order. The directory around them appears whole or not at all (`files.staged`).
+A writer gets a list of `PendingTensor`s: what a header says about each, and a function that yields its bytes in order.
+The directory around them appears whole or not at all (`files.staged`).
 """
 
 import json
@@ -22,7 +22,7 @@ _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PendingTensor:
     """One tensor to be written: its header entry, and its bytes on demand (C order, chunk after chunk)."""
 
     name: str
@@ -31,7 +31,7 @@ class Planned:
     chunks: Callable[[], Iterable[torch.Tensor]]
 
 
-def write_chunks(file: Any, entry: Planned, nbytes: int) -> None:
+def write_chunks(file: Any, entry: PendingTensor, nbytes: int) -> None:
     """Write the bytes of one tensor; a number of bytes that the header does not promise is a bug of ours."""
     written = 0
     for chunk in entry.chunks():
@@ -41,7 +41,7 @@ def write_chunks(file: Any, entry: Planned, nbytes: int) -> None:
         raise RuntimeError(f"{entry.name}: {written} bytes written, its header promises {nbytes}")
 
 
-def write_safetensors(path: Path, entries: list[Planned]) -> None:
+def write_safetensors(path: Path, entries: list[PendingTensor]) -> None:
     """Write one safetensors file, the largest dtypes first as the format's alignment asks."""
     ordered = sorted(entries, key=lambda entry: -entry.kind.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -63,7 +63,7 @@ def write_safetensors(path: Path, entries: list[Planned]) -> None:
         os.fsync(file.fileno())
 
 
-def write_shards(folder: Path, shards: list[list[Planned]], stem: str, on_shard: Progress = no_progress) -> int:
+def write_shards(folder: Path, shards: list[list[PendingTensor]], stem: str, on_shard: Progress = no_progress) -> int:
     """Write `STEM-0000i-of-0000N.safetensors` and their index; return the bytes of all tensors."""
     weight_map: dict[str, str] = {}
     total = 0

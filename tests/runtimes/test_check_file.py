@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, SUSPECT
 from gptoss_quantize.runtimes.check_file import check_file, perplexity, worst_expert
-from gptoss_quantize.runtimes.verify import Job
+from gptoss_quantize.runtimes.verify import VerifyRequest
 
 
-def job(tiny, path, baseline="bf16"):
+def request(tiny, path, baseline="bf16"):
     """Two sequences of text compared at four positions."""
-    return Job(
+    return VerifyRequest(
         checkpoint=Checkpoint(path),
         baseline=None if baseline is None else Checkpoint(tiny.path(baseline)),
         ids=tiny.ids(2, 64).clamp(5, 280),
@@ -32,20 +32,20 @@ def rows_of(found):
 
 def test_right_files_pass(tiny, int4_path):
     for path in (int4_path(), int4_path(32), tiny.path("mxfp4")):
-        row = rows_of(check_file(job(tiny, path)))["experts against the baseline's"]
+        row = rows_of(check_file(request(tiny, path)))["experts against the baseline's"]
         assert row.verdict == AGREES, row.note
 
 
 def test_a_model_that_cannot_predict_is_suspect(tiny, int4_path):
     for baseline in ("bf16", None):
-        found = rows_of(check_file(job(tiny, int4_path(), baseline)))
+        found = rows_of(check_file(request(tiny, int4_path(), baseline)))
         who = "checkpoint" if baseline is None else "baseline"
         assert found[f"{who} predicts text"].verdict == SUSPECT
         assert "vocabulary of 300" in found[f"{who} predicts text"].note
 
 
 def test_the_perplexity_is_that_of_the_next_tokens(tiny, int4_path):
-    asked = job(tiny, int4_path())
+    asked = request(tiny, int4_path())
     scores = torch.log_softmax(torch.randn(8, 300, generator=torch.Generator().manual_seed(1)), -1)
     loss = [-scores[4 * n + k, asked.ids[n, p + 1]] for n in range(2) for k, p in enumerate((3, 20, 36))]
     value, count = perplexity(asked, scores)
@@ -102,22 +102,22 @@ def experts_exchanged(tensors):
 @pytest.mark.parametrize("change", [one_expert_random, halves, experts_exchanged])
 def test_a_wrong_file_disagrees_though_every_runtime_reads_it_alike(tiny, int4_path, tmp_path, change):
     path = damaged(int4_path(), tmp_path / "wrong", change)
-    row = rows_of(check_file(job(tiny, path)))["experts against the baseline's"]
+    row = rows_of(check_file(request(tiny, path)))["experts against the baseline's"]
     assert row.verdict == DISAGREES, row.note
     assert ("layer 0" if change is experts_exchanged else "layer 1") in row.note
 
 
 def test_lost_biases_of_one_layer_disagree(tiny, int4_path, tmp_path):
-    found = rows_of(check_file(job(tiny, damaged(int4_path(), tmp_path / "wrong", no_biases))))
+    found = rows_of(check_file(request(tiny, damaged(int4_path(), tmp_path / "wrong", no_biases))))
     assert found["biases"].verdict == DISAGREES and found["biases"].note.endswith("layer 1 gate_up, layer 1 down")
-    assert "biases" not in rows_of(check_file(job(tiny, int4_path())))
+    assert "biases" not in rows_of(check_file(request(tiny, int4_path())))
 
 
 def test_a_window_off_by_one_disagrees(tiny, int4_path, tmp_path):
     copy = Path(shutil.copytree(int4_path(), tmp_path / "window"))
     raw = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps(raw | {"sliding_window": 15}), encoding="utf-8")
-    row = rows_of(check_file(job(tiny, copy)))["config"]
+    row = rows_of(check_file(request(tiny, copy)))["config"]
     assert row.verdict == DISAGREES and row.note == "sliding_window is 15, the baseline's 16"
 
 
@@ -126,7 +126,7 @@ def test_an_adapter_of_the_checkpoint_is_told(tiny, int4_path, tmp_path):
     report = json.loads((copy / "quantization_report.json").read_text(encoding="utf-8"))
     report["settings"]["adapter"] = "/somewhere/adapter"
     (copy / "quantization_report.json").write_text(json.dumps(report), encoding="utf-8")
-    row = rows_of(check_file(job(tiny, copy)))["adapter"]
+    row = rows_of(check_file(request(tiny, copy)))["adapter"]
     assert row.verdict == SUSPECT and "/somewhere/adapter" in row.note
 
 

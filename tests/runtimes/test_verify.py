@@ -17,17 +17,17 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.runtimes import check_llamacpp, check_transformers, check_vllm, export_gguf
 from gptoss_quantize.runtimes.agreement import AGREES, DISAGREES, FAILED, NOT_CHECKED, bound, compare
-from gptoss_quantize.runtimes.verify import Job, predictions, verify
+from gptoss_quantize.runtimes.verify import VerifyRequest, predictions, verify
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="the extra `llamacpp` is not installed"
 )
 
 
-def job(tiny, path, baseline="bf16", **options):
+def request(tiny, path, baseline="bf16", **options):
     """A small comparison: 3 sequences, 4 positions each, beyond window and original context."""
     ids = tiny.ids(3, 48).clamp(5, 280)
-    return Job(
+    return VerifyRequest(
         checkpoint=Checkpoint(path),
         baseline=None if baseline is None else Checkpoint(tiny.path(baseline)),
         ids=ids,
@@ -49,7 +49,7 @@ def quick(monkeypatch):
 
 
 def test_transformers_agrees_packed_and_dequantized(tiny, int4_path, quick):
-    rows = verify(job(tiny, int4_path()), ("transformers",))
+    rows = verify(request(tiny, int4_path()), ("transformers",))
     assert verdicts(rows) == {
         "packed int4": AGREES,
         "float16 export, tensors": AGREES,
@@ -59,11 +59,11 @@ def test_transformers_agrees_packed_and_dequantized(tiny, int4_path, quick):
 
 
 def test_transformers_agrees_on_mxfp4(tiny, quick):
-    assert verdicts(verify(job(tiny, tiny.path("mxfp4")), ("transformers",))) == {"as stored": AGREES}
+    assert verdicts(verify(request(tiny, tiny.path("mxfp4")), ("transformers",))) == {"as stored": AGREES}
 
 
 def test_without_a_baseline_predictions_are_not_checked(tiny, int4_path, quick):
-    rows = verify(job(tiny, int4_path(), baseline=None), ("transformers",))
+    rows = verify(request(tiny, int4_path(), baseline=None), ("transformers",))
     assert verdicts(rows)["packed int4"] == NOT_CHECKED
     assert rows[0].got is not None and rows[0].noise is None and "no baseline" in rows[0].note
 
@@ -102,7 +102,7 @@ def test_each_classic_fault_of_a_loader_disagrees(tiny, int4_path, monkeypatch, 
         return model
 
     monkeypatch.setattr(check_transformers, "packed", wrong)
-    assert verdicts(verify(job(tiny, int4_path()), ("transformers",)))["packed int4"] == DISAGREES
+    assert verdicts(verify(request(tiny, int4_path()), ("transformers",)))["packed int4"] == DISAGREES
 
 
 # --- a runtime that misreads checkpoint and baseline alike
@@ -169,7 +169,7 @@ def test_a_fault_that_baseline_and_checkpoint_share_disagrees(tiny, monkeypatch,
         return model
 
     monkeypatch.setattr(check_transformers, "plain", wrong)
-    rows = {row.what: row for row in verify(job(tiny, tiny.path("bf16"), baseline), ("transformers",))}
+    rows = {row.what: row for row in verify(request(tiny, tiny.path("bf16"), baseline), ("transformers",))}
     assert "not finished" not in rows, rows["not finished"].note
     assert rows["as stored"].verdict == DISAGREES
     if baseline is not None:
@@ -183,7 +183,7 @@ def test_a_fault_that_baseline_and_checkpoint_share_disagrees(tiny, monkeypatch,
 def test_experts_that_llama_cpp_reads_wrongly_in_every_file_disagree(tiny, int4_path, monkeypatch):
     real = export_gguf.expert_entries
     monkeypatch.setattr(export_gguf, "expert_entries", lambda *args: without_biases(list(real(*args))))
-    rows = {row.what: row for row in verify(job(tiny, int4_path()), ("llama.cpp",))}
+    rows = {row.what: row for row in verify(request(tiny, int4_path()), ("llama.cpp",))}
     assert rows["Q4_0"].verdict == DISAGREES and "unquantized model itself" in rows["Q4_0"].note
     assert next(row for what, row in rows.items() if what.startswith("baseline")).verdict == DISAGREES
 
@@ -202,7 +202,7 @@ def test_one_failing_runtime_leaves_the_other_lines_and_says_why(tiny, int4_path
 
     monkeypatch.setattr(check_transformers, "plain", fails)
     monkeypatch.setattr(check_llamacpp, "available", lambda: False)
-    rows = verify(job(tiny, int4_path(), baseline=None), ("transformers", "llama.cpp"))
+    rows = verify(request(tiny, int4_path(), baseline=None), ("transformers", "llama.cpp"))
     # the line before the failure stands too
     assert [(row.runtime, row.what, row.verdict) for row in rows] == [
         ("transformers", "packed int4", NOT_CHECKED),
@@ -220,11 +220,11 @@ def test_ctrl_c_is_no_failing_runtime(tiny, int4_path, monkeypatch):
 
     monkeypatch.setattr(check_transformers, "packed", stop)
     with pytest.raises(KeyboardInterrupt):
-        verify(job(tiny, int4_path(), baseline=None), ("transformers",))
+        verify(request(tiny, int4_path(), baseline=None), ("transformers",))
 
 
 def test_our_own_predictions_are_computed_once_for_all_runtimes(tiny, int4_path):
-    asked = job(tiny, int4_path())
+    asked = request(tiny, int4_path())
     layers = []
     first = predictions(asked.checkpoint, asked, on_layer=lambda *_: layers.append(1))
     assert predictions(asked.checkpoint, asked, on_layer=lambda *_: layers.append(1)) is first and len(layers) == 3
@@ -237,14 +237,14 @@ def test_our_own_predictions_are_computed_once_for_all_runtimes(tiny, int4_path)
 def test_what_is_not_installed_is_not_checked(tiny, int4_path, monkeypatch):
     for module in (check_llamacpp, check_vllm):
         monkeypatch.setattr(module, "available", lambda: False)
-    rows = verify(job(tiny, int4_path()), ("llama.cpp", "vllm"))
+    rows = verify(request(tiny, int4_path()), ("llama.cpp", "vllm"))
     assert [(row.runtime, row.verdict) for row in rows] == [("llama.cpp", NOT_CHECKED), ("vllm", NOT_CHECKED)]
     assert all("not installed" in row.note for row in rows)
 
 
 def test_a_baseline_of_another_model_is_refused(tiny, int4_path, tmp_path):
     tiny.build(tmp_path / "other", num_local_experts=4)
-    wrong = replace(job(tiny, int4_path()), baseline=Checkpoint(tmp_path / "other"))
+    wrong = replace(request(tiny, int4_path()), baseline=Checkpoint(tmp_path / "other"))
     with pytest.raises(InputError, match="experts is 8, the baseline"):
         verify(wrong, ("transformers",))
 
@@ -256,7 +256,7 @@ def test_a_baseline_of_another_model_is_refused(tiny, int4_path, tmp_path):
 @pytest.mark.parametrize("kind", ["int4-64", "int4-32", "mxfp4"])
 def test_llama_cpp_agrees_with_everything_alive(tiny, int4_path, kind):
     path = tiny.path("mxfp4") if kind == "mxfp4" else int4_path(int(kind[-2:]))
-    rows = verify(job(tiny, path, exact=True), ("llama.cpp",))
+    rows = verify(request(tiny, path, exact=True), ("llama.cpp",))
     found = verdicts(rows)
     name = "MXFP4" if kind == "mxfp4" else "Q4_0"
     assert {found[what] for what in ("tensors", "tokenizer", name, "F32, same weights")} == {AGREES}
@@ -301,13 +301,13 @@ def test_faults_of_a_gguf_file_disagree_in_tensors_and_predictions(tiny, int4_pa
         return damage(entries) if checkpoint.expert_format == "int4" else entries
 
     monkeypatch.setattr(export_gguf, "expert_entries", wrong)
-    found = verdicts(verify(job(tiny, int4_path()), ("llama.cpp",)))
+    found = verdicts(verify(request(tiny, int4_path()), ("llama.cpp",)))
     assert found["tensors"] == found["Q4_0"] == DISAGREES
 
 
 @needs_llamacpp
 def test_the_reference_for_llama_cpp_rounds_the_ramp_and_leaves_the_checkpoint_alone(tiny, int4_path):
-    comparison = job(tiny, int4_path())
+    comparison = request(tiny, int4_path())
     checkpoint = comparison.checkpoint
     before = checkpoint.config
     rounded = predictions(checkpoint, comparison, rope=check_llamacpp.reference_rope(before))
@@ -413,7 +413,7 @@ def test_the_command_prints_the_table_and_fails_when_one_disagrees(
 @pytest.mark.parametrize("card", [False, True])
 def test_predictions_of_vllm_are_compared_with_ours(tiny, int4_path, monkeypatch, engine, card):
     # stands in for vLLM's processes: the loader says all is in place, the engine answers with ours and some noise
-    asked = job(tiny, int4_path())
+    asked = request(tiny, int4_path())
     prompts = check_vllm.prefixes(asked.ids, asked.positions)
     assert [len(p) for p in prompts[: len(asked.positions)]] == [p + 1 for p in asked.positions]
 

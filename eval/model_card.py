@@ -85,7 +85,7 @@ def _tasks(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def card(record: dict[str, Any]) -> str:
+def model_card(record: dict[str, Any]) -> str:
     """Return the card of the best candidate, with all candidates in its tables."""
     chosen = best(record)
     name, base = Path(chosen["path"]).name, Path(record["baseline"]["path"]).name
