@@ -1,7 +1,7 @@
 """Files written tensor by tensor: a file of any size needs the memory of one chunk, one expert's matrix at most.
 
-A writer gets a list of `PendingTensor`s: what a header says about each, and a function that yields its bytes in order.
-The directory around them appears whole or not at all (`files.staged`).
+A writer gets a list of `PendingTensor`s: what a header says about each, and a function that yields its bytes in
+order. The directory around them appears whole or not at all (`files.staged`).
 """
 
 import json
