@@ -20,8 +20,8 @@ export OMP_WAIT_POLICY := PASSIVE
 demo: $(STAMP)  ## make a real model, quantize it by every method, print the comparison (into OUT=demo-out)
 	$(BIN)/gptoss-quantize demo $(OUT) --overwrite $(ARGS)
 
-test: $(STAMP)  ## run the tests (ARGS are pytest's)
-	$(BIN)/pytest $(ARGS)
+test: $(STAMP)  ## run the tests, two at a time with one thread each (ARGS are pytest's)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
 # type checkers cannot follow the editable install's import hook: lay the folders out as the wheel does
 lint: $(STAMP)  ## ruff, formatting, types
