@@ -11,7 +11,7 @@ and everything downstream is then measured against noise. `suspicion` has the ru
                    model
 
 `look` streams the model once over ~1,000 tokens, so its cost is one pass over the weights and two floating-point
-operations per active weight and token: about as much as rounding to nearest takes, and a hundredth of what a
+operations per active weight and token: about as much as rounding to nearest takes, and a small part of what a
 calibrated method does. It computes on the processor, and changes nothing that is written but the report.
 """
 
