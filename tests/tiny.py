@@ -117,6 +117,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def byte_tokenizer(*special: str, **roles: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte, and the special tokens; roles such as eos_token, chat_template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **roles)
+
+
 def to_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the same checkpoint with experts as OpenAI stores them: blocks and scales of [E, out, in]."""
     out = {}
@@ -156,6 +166,7 @@ class Tiny:
     root: Path
     models: dict[str, GptOssForCausalLM] = field(default_factory=dict)
 
+    byte_tokenizer = staticmethod(byte_tokenizer)
     edit_json = staticmethod(edit_json)
     load_all = staticmethod(load_all)
     snapshot = staticmethod(snapshot)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gptoss_quantize.calibration.messages import RowError
@@ -36,15 +35,8 @@ few = settings(max_examples=300, deadline=None, suppress_health_check=list(Healt
 
 
 @pytest.fixture(scope="module")
-def harmony() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken("<|start|>", special=True)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|start|>", chat_template=HARMONY.read_text(encoding="utf-8")
-    )
+def harmony(tiny) -> PreTrainedTokenizerFast:
+    return tiny.byte_tokenizer("<|start|>", eos_token="<|start|>", chat_template=HARMONY.read_text(encoding="utf-8"))
 
 
 def check(found: Any) -> None:

@@ -8,7 +8,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gptoss_quantize.calibration.text import TextSpec, Tokens, load_tokens
@@ -36,16 +35,9 @@ def call(arguments: Any, **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def harmony() -> PreTrainedTokenizerFast:
+def harmony(tiny) -> PreTrainedTokenizerFast:
     """A tokenizer of single bytes and Harmony's special tokens, with its template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|return|>", chat_template=HARMONY.read_text(encoding="utf-8")
-    )
+    return tiny.byte_tokenizer(*SPECIAL, eos_token="<|return|>", chat_template=HARMONY.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(autouse=True)

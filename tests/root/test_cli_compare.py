@@ -2,33 +2,22 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
-from gptoss_quantize import cli
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import report as page
 from gptoss_quantize.eval.profiles import Wanted, name_candidates
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(command):
     """Return a function that runs a command line in this process: (exit code, stderr)."""
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["gptoss-quantize", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, capsys.readouterr().err
+        code, _, err = command(*words)
+        return code, err
 
     return run
 

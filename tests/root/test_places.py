@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptoss_quantize import cli
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import MARK, check_begin, partial_of, put_mark, read_mark, staged
@@ -80,20 +79,12 @@ def _read_only(path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Return a function that runs a command line in this process: (exit code, stderr)."""
+def command(command, monkeypatch):
+    """Return a function that runs a command line in this process: (exit code, stderr in one line)."""
     monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["gptoss-quantize", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
+        code, _, err = command(*words)
         return code, " ".join(err.split())
 
     return run

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from gptoss_quantize import cli
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.architectures import SIZES
 from gptoss_quantize.calibration.sources import PACKAGED
@@ -199,21 +198,12 @@ def test_the_early_facts_are_those_of_the_formats():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Return a function that runs a command line in this process: (exit code, stdout, stderr)."""
+def command(command, monkeypatch):
+    """Return a function that runs a command line in this process: (exit code, stdout, stderr in one line)."""
     monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptoss-quantize", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
+        code, out, err = command(*words)
         return code, out, " ".join(err.split())
 
     return run
