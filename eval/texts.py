@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gptoss_quantize.calibration.chat import left_out, render
 from gptoss_quantize.calibration.documents import Counts, checked_left_out, read_documents
-from gptoss_quantize.calibration.messages import RowError, messages_of
+from gptoss_quantize.calibration.messages import RowError
 from gptoss_quantize.calibration.rows import Conversation
 from gptoss_quantize.calibration.sources import describe
 from gptoss_quantize.calibration.text import TextSpec, load_tokens
@@ -86,18 +86,9 @@ def _text(spec: TextSpec, kind: str, trees: list[Tree], left_out: int, counts: C
 
 
 def assistant_turns(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return (tokens before, tokens of the turn) for every assistant's message that follows another one."""
-    try:
-        return list(_turns(Conversation(messages_of(messages)), tokenizer, where))
-    except RowError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def _turns(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield (tokens before, tokens of the turn) for every assistant's message that follows another one."""
     messages = conversation.messages
     for k, message in enumerate(messages):
         if message["role"] != "assistant" or not k:
@@ -143,7 +134,7 @@ def _chat_cut(spec: TextSpec, tokenizer: PreTrainedTokenizerBase, max_positions:
             if isinstance(found, str):
                 raise RowError("no list of messages, though the first record is one; split the file")
             checked_left_out(found, left_out(found, tokenizer, row.where), row.where, counts)
-            turns, cut, longer = _limited(_turns(found, tokenizer, row.where), limit, max_positions)
+            turns, cut, longer = _limited(assistant_turns(found, tokenizer, row.where), limit, max_positions)
         except RowError as error:
             counts.skip(spec.source, row.where, str(error))
             continue

@@ -23,14 +23,17 @@ from gptoss_quantize.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-# tokenizer, templates and licence, which go with the weights wherever these go
-COPIED = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+)
+# tokenizer, templates and licence, which go with the weights wherever these go
+COPIED = (
+    *TOKENIZER,
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",

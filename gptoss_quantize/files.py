@@ -23,6 +23,7 @@ from typing import Any
 from gptoss_quantize import __version__
 from gptoss_quantize.atomic import (
     COPIED,
+    TOKENIZER,
     Progress,
     alone,
     checksum,
@@ -38,6 +39,7 @@ from gptoss_quantize.mounts import out_of_reach
 
 __all__ = [
     "COPIED",
+    "TOKENIZER",
     "Progress",
     "alone",
     "checksum",

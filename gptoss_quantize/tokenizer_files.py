@@ -17,16 +17,8 @@ from typing import Any
 
 from gptoss_quantize.config import read_json
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.files import COPIED, write_json, writing
+from gptoss_quantize.files import COPIED, TOKENIZER, write_json, writing
 
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 CONFIG_NAME, JINJA_NAME, MORE_NAME = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 _PROCESSORS = "chat_template.json"
 # one, or several by name: "default" is rendered, others only on request ("tool_use" where tools are given)

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gptoss_quantize.calibration.messages import messages_of
+from gptoss_quantize.calibration.rows import Conversation
 from gptoss_quantize.calibration.text import DATE, TextSpec, load_tokens
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.texts import assistant_turns, load_text
@@ -27,16 +28,9 @@ SYSTEM = (
 
 
 @pytest.fixture(scope="module")
-def harmony() -> PreTrainedTokenizerFast:
+def harmony(tiny) -> PreTrainedTokenizerFast:
     """A tokenizer of single bytes and Harmony's special tokens, with its template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|return|>", chat_template=HARMONY.read_text(encoding="utf-8")
-    )
+    return tiny.byte_tokenizer(*SPECIAL, eos_token="<|return|>", chat_template=HARMONY.read_text(encoding="utf-8"))
 
 
 def write(path: Path, rows: list) -> TextSpec:
@@ -45,7 +39,9 @@ def write(path: Path, rows: list) -> TextSpec:
 
 
 def test_the_assistants_turns_are_scored_in_what_stands_before_them(harmony):
-    first, second = (tuple(map(harmony.decode, turn)) for turn in assistant_turns(CHAT, harmony, "here"))
+    first, second = (
+        tuple(map(harmony.decode, turn)) for turn in assistant_turns(Conversation(messages_of(CHAT)), harmony, "here")
+    )
     question = "<|start|>user<|message|>What is 2 + 2?<|end|>"
     assert first[0] == f"{SYSTEM}{question}<|start|>assistant"
     thought = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"
@@ -154,4 +150,4 @@ def test_a_template_that_writes_another_beginning_is_refused(harmony, tmp_path):
     odd = copy.deepcopy(harmony)
     odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(InputError, match="does not write the same beginning"):
-        assistant_turns(CHAT, odd, "here")
+        list(assistant_turns(Conversation(messages_of(CHAT)), odd, "here"))
