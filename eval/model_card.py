@@ -1,10 +1,10 @@
-"""A model card for the Hugging Face hub from a comparison record: what it is, how made, results."""
+"""Results for model cards: a whole card from a comparison, or the lines for the card of one checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gptoss_quantize.eval.verdict import points
+from gptoss_quantize.model_card import front_matter, hub_name
 
 USE = """```python
 import gptoss_quantize
@@ -20,14 +20,6 @@ def best(record: dict[str, Any]) -> dict[str, Any]:
     if not candidates[0]["texts"]:
         return candidates[0]
     return min(candidates, key=lambda c: float(c["texts"][0]["summary"]["kl_mean"]))
-
-
-def _front_matter(record: dict[str, Any]) -> list[str]:
-    # JSON strings are YAML strings
-    base = json.dumps(Path(record["baseline"]["path"]).name)
-    tags = ["gpt_oss", "gptoss-quantize", "compressed-tensors", "int4"]
-    return ["---", f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation",
-            f"tags: {json.dumps(tags)}", "---"]  # fmt: skip
 
 
 def _made(entry: dict[str, Any]) -> list[str]:
@@ -89,7 +81,8 @@ def model_card(record: dict[str, Any]) -> str:
     """Return the card of the best candidate, with all candidates in its tables."""
     chosen = best(record)
     name, base = Path(chosen["path"]).name, Path(record["baseline"]["path"]).name
-    lines = [*_front_matter(record), "", f"# {name}", ""]
+    tags = ["gpt_oss", "gptoss-quantize", chosen["cost"]["format"]]
+    lines = [*front_matter(hub_name(record["baseline"]["path"] + "/"), None, tags), "", f"# {name}", ""]
     lines += [f"{base} with quantized experts, by gptoss-quantize {record['version']}.", ""]
     lines += [f"**{chosen['verdict']['sentence']}**", "", "## How it was made", "", *_made(chosen), ""]
     if chosen["cost"]["format"] == "int4":
@@ -99,3 +92,31 @@ def model_card(record: dict[str, Any]) -> str:
     if record["command"]:
         lines += ["## To repeat it", "", "```sh", record["command"], "```", ""]
     return "\n".join(lines)
+
+
+def compared(record: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """Return the results of one candidate of a comparison, for its own card."""
+    alone = record | {"candidates": [entry]}
+    base = _base(record["baseline"]["path"])
+    lines = [f"**{entry['verdict']['sentence']}**", *_tokens(alone), *_tasks(alone), ""]
+    return [
+        *lines,
+        f"Measured against {base} by `gptoss-quantize compare` {record['version']}, {record['created'][:10]}.",
+    ]
+
+
+def evaluated(result: dict[str, Any], baseline: str, text: str, version: str) -> list[str]:
+    """Return the results of `evaluate` for a checkpoint's own card."""
+    return [
+        f"| {text}, {result['tokens']:,} tokens | perplexity | KL mean | KL p99 | top-1 agreement |",
+        "|---|---|---|---|---|",
+        f"| baseline | {result['baseline_perplexity']:.3f} | 0 | 0 | 100 % |",
+        f"| this | {result['perplexity']:.3f} | {result['kl_mean']:.4f} | {result['kl_p99']:.3f} | "
+        f"{100 * result['top1_agreement']:.1f} % |",
+        "",
+        f"Measured against {_base(baseline)} by `gptoss-quantize evaluate` {version}.",
+    ]
+
+
+def _base(path: str) -> str:
+    return hub_name(path + "/") or Path(path).name

@@ -10,7 +10,8 @@ from gptoss_quantize.calibration.text import TextSpec
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.compare import Settings
 from gptoss_quantize.eval.examples import PROMPTS
-from gptoss_quantize.eval.tasks import TaskSettings, expand
+from gptoss_quantize.eval.suite import expand
+from gptoss_quantize.eval.tasks import TaskSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Profile:
     new_tokens: int
 
 
-PROFILES: dict[str, Profile] = {"quick": Profile(300, 2048, 1024, 1, 24), "full": Profile(None, 8192, 2048, 3, 40)}
+PROFILES: dict[str, Profile] = {"quick": Profile(300, 2048, 1024, 1, 64), "full": Profile(None, 8192, 2048, 3, 80)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,9 @@ setting, and prints. Each file appears under its name when it is whole.
 """
 
 import json
+import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from markupsafe import Markup, escape
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.model_card import model_card
+from gptoss_quantize.eval.ranking import rank
 from gptoss_quantize.eval.verdict import CEILING_KL, LEAST_TOP1, WORDS, points
 from gptoss_quantize.files import write_json
 
@@ -74,7 +77,9 @@ def figures(record: dict[str, Any]) -> dict[str, list[Figure]]:
         out["first"].append(
             (
                 plots.kl_against_bits(candidates, noise),
-                "KL divergence on the first text against size; lower left is better.",
+                "KL divergence on the first text"
+                + (": left is better." if plots.same_bits(candidates) else " against size: lower left is better.")
+                + " Lines are 95 % intervals.",
             )
         )
         out["tokens"].append(
@@ -82,7 +87,10 @@ def figures(record: dict[str, Any]) -> dict[str, list[Figure]]:
         )
     if candidates[0]["tasks_overall"] is not None:
         out["tasks"].append(
-            (plots.task_differences(candidates, record["settings"]["margin"]), "Accuracy differences.")
+            (
+                plots.task_differences(candidates, record["settings"]["margin"]),
+                "Accuracy differences with 95 % paired intervals; the dashed line is the margin.",
+            )
         )
     if candidates[0]["experts"] is not None:
         out["experts"].append(
@@ -91,7 +99,7 @@ def figures(record: dict[str, Any]) -> dict[str, list[Figure]]:
                 "Error of the expert block per layer (solid: clean input, dotted: running), routing.",
             )
         )
-        out["experts"] += [(svg, "") for _, svg in plots.expert_heatmaps(candidates)]
+        out["experts"] += [(svg, words) for words, svg in plots.expert_heatmaps(candidates)]
         out["experts"].append(
             (
                 plots.error_against_tokens(candidates),
@@ -138,9 +146,37 @@ def task_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def documentation() -> str | None:
+    """Return the address of the documentation that this package was published with, None where it has none."""
+    try:
+        urls = metadata("gptoss-quantize").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    named = dict(url.split(", ", 1) for url in urls)
+    return next((url for name, url in named.items() if name.lower() == "documentation"), None)
+
+
+def whole_sentences(text: str) -> str:
+    """Return an answer that was cut in its midst to the end of its last whole sentence, or word, with an ellipsis."""
+    text = text.strip()
+    # the number of a list's item ends no sentence
+    ends = [m.end() for m in re.finditer(r"(?<![\s\d])[.!?][\"')\]*]*(?=\s|$)", text)]
+    if ends:
+        return text[: ends[-1]] + ("" if ends[-1] == len(text) else " …")
+    return text + " …"
+
+
+def spoken_speed(entry: dict[str, Any]) -> float | None:
+    """Return tokens/s of a model's example answers, from first token to last; None where not measured."""
+    seconds = sum(e.get("answer_seconds") or 0 for e in entry["examples"])
+    steps = sum(e["tokens"] - 1 for e in entry["examples"] if e.get("answer_seconds"))
+    return steps / seconds if seconds else None
+
+
 def render(record: dict[str, Any]) -> str:
     """Return the whole page."""
     models = [record["baseline"], *record["candidates"]]
+    new_tokens = record["settings"]["new_tokens"]
 
     def plot(figure: Figure) -> Markup:
         svg, caption = figure
@@ -158,8 +194,14 @@ def render(record: dict[str, Any]) -> str:
         return f"{factor * sum(values) / len(values):.3g}" if values else ""
 
     def speed(entry: dict[str, Any]) -> str:
-        seconds = sum(e["seconds"] for e in entry["examples"])
-        return f"{sum(e['tokens'] for e in entry['examples']) / seconds:.1f}" if seconds else ""
+        found = spoken_speed(entry)
+        return "not measured" if found is None else f"{found:.1f}"
+
+    def shown(entry: dict[str, Any], number: int) -> str:
+        if not entry["examples"]:
+            return f"No answer: {entry['examples_left_out']}."
+        given = entry["examples"][number]
+        return whole_sentences(given["answer"]) if given["tokens"] >= new_tokens else given["answer"].strip()
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS
@@ -190,6 +232,9 @@ def render(record: dict[str, Any]) -> str:
         token_rows=token_rows,
         layer_mean=layer_mean,
         speed=speed,
+        shown=shown,
+        ranking=rank(record["candidates"], record["suspect"]),
+        docs=documentation(),
     )
 
 

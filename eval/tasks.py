@@ -1,19 +1,15 @@
 """Tasks through lm-eval: the packaged offline suite, any other task of lm-eval, and the answers item by item.
 
-The suite is multiple-choice questions made by scripts/make_tasks.py (eval/data/NOTICE): files of one JSON object
-per line, and one configuration that all tasks share. `offline` names all of them, `gptoss_NAME` one. Since the data
-lie in the package, their absolute paths are written into the tasks when they are loaded; `export` writes the same
-tasks for lm-eval's own command line.
+`eval.suite` has the packaged tasks; `gptoss_quantize.lm_eval` is lm-eval's own command line with the same tasks and
+our models in it.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partialmethod
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,50 +18,10 @@ import numpy as np
 import torch
 
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.eval.suite import suite_config, suite_files
 
-PREFIX = "gptoss_"
 # what every item of a task is measured by: the first that the task has and that is right or wrong
 BINARY_METRICS = ("acc", "exact_match", "acc_norm")
-
-
-def suite_files() -> dict[str, Path]:
-    """Return task name -> data file of the packaged suite."""
-    folder = Path(str(files("gptoss_quantize.eval") / "data" / "tasks"))
-    found = {PREFIX + path.name.removesuffix(".jsonl"): path for path in sorted(folder.glob("*.jsonl"))}
-    if not found:
-        raise InputError(f"{folder}: the packaged task suite is missing; reinstall gptoss-quantize")
-    return found
-
-
-def suite_config(name: str) -> dict[str, Any]:
-    """Return lm-eval's configuration of a packaged task, with the absolute path of its data."""
-    return {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(suite_files()[name])}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "query",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-
-
-def export(dest: Path) -> None:
-    """Write the suite as YAML files for `lm_eval --include_path DEST --tasks gptoss_...`."""
-    dest.mkdir(parents=True, exist_ok=True)
-    for name in suite_files():
-        # JSON is YAML
-        (dest / f"{name}.yaml").write_text(json.dumps(suite_config(name), indent=1) + "\n", encoding="utf-8")
-
-
-def expand(names: Sequence[str]) -> list[str]:
-    """Return task names with `offline` written out, each once."""
-    out = [task for name in names for task in (suite_files() if name == "offline" else (name,))]
-    return list(dict.fromkeys(out))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gptoss_quantize.api_hub import push
 from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size, tell_notes
 from gptoss_quantize.api_measure import compare, evaluate
 from gptoss_quantize.api_runtimes import export, import_checkpoint, plan, verify
@@ -45,6 +46,7 @@ __all__ = [
     "import_checkpoint",
     "load",
     "plan",
+    "push",
     "quantize",
     "register",
     "verify",
@@ -82,8 +84,8 @@ def quantize(
         model: a gpt-oss directory (bf16, fp16, fp32 or MXFP4 experts), or a hub name.
         out: the directory to write; it must not exist, or be empty.
         method: gptq, awq, awq+gptq, rtn or rtn-signed.
-        format: int4 (ours), mxfp4 (OpenAI's own layout), or auto (mxfp4 where that keeps every expert exactly).
-        group_size: weights per scale of int4, 64 (also None) or 32.
+        format: int4, int3 or int2 (ours), mxfp4 (OpenAI's own), or auto (mxfp4 where that is exact).
+        group_size: weights per scale of int4, int3 and int2, 64 (also None) or 32.
         dense: source, or int8 for attention, embedding and head in 8 bits.
         calibration: default, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][@SPLIT].
         tokens: calibration tokens.

@@ -56,8 +56,8 @@ def words(value: str | Sequence[str]) -> list[str]:
 
 
 def open_checkpoint(model: Place, adapter: Place | None = None, revision: str | None = None) -> Checkpoint:
-    """Return a checked checkpoint for a directory or hub name, with an optional LoRA adapter."""
-    return Checkpoint(resolve(str(model), revision), None if adapter is None else Adapter.open(Path(adapter)))
+    """Return a checked checkpoint for a directory or hub name, with an optional LoRA adapter, likewise."""
+    return Checkpoint(resolve(str(model), revision), None if adapter is None else Adapter.open(resolve(str(adapter))))
 
 
 def tell_notes(progress: Show, *checkpoints: Checkpoint) -> None:

@@ -1,20 +1,21 @@
 """The public functions about runtimes: export, import, verify, plan. `api` has all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptoss_quantize import progress as steps
 from gptoss_quantize.api_inputs import Place, Show, at_least, known, open_checkpoint, size, tell_notes, words
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer, load_tokens
-from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.hub import resolve
 from gptoss_quantize.prompts import check_ids
+from gptoss_quantize.published import published
 from gptoss_quantize.results import Plan, Verification, Written
 from gptoss_quantize.runtimes import exports, imports
 from gptoss_quantize.runtimes import verify as verification
 from gptoss_quantize.runtimes.check_file import check_file
 from gptoss_quantize.runtimes.export_gguf import TYPES as GGUF_TYPES
-from gptoss_quantize.runtimes.plan import CONTEXTS, PlanRequest, is_published, plan_record
+from gptoss_quantize.runtimes.plan import PlanRequest, expected_time, plan_record
 from gptoss_quantize.terminal import showing
 
 
@@ -72,7 +73,7 @@ def import_checkpoint(
     """Rescue another tool's int4 checkpoint: find out which rows are the gate, and write it in our layout.
 
     Args:
-        source: int4 gpt-oss of GPTQModel, llm-compressor, AutoRound, AutoAWQ.
+        source: int4 gpt-oss of GPTQModel, llm-compressor, AutoRound, AutoAWQ, a directory or hub name.
         out: the directory to write; it must not exist, or be empty.
         to: int4 (ours, no rounding), or bf16, which also holds asymmetric codes.
         split: which rows gate_proj is: interleaved (the even ones), halves (the first half), or detect.
@@ -82,7 +83,7 @@ def import_checkpoint(
     """
     known("--to", to, ("int4", "bf16"))
     known("--split", split, ("detect", *imports.SPLITS))
-    path = Path(source)
+    path = resolve(str(source))
     with showing(progress) as show:
         start = steps.phases(show)
         if split == "detect":
@@ -113,7 +114,7 @@ def verify(
     """Load a checkpoint in each runtime installed here and compare its predictions with ours.
 
     Args:
-        checkpoint: int4, MXFP4 or float.
+        checkpoint: int4, MXFP4 or float, a directory or hub name.
         baseline: the unquantized model, which shows each runtime's own noise; without it nothing is judged.
         runtimes: transformers, llama.cpp, vllm; one, several, or with commas between.
         text: heldout, a .txt, .jsonl or .parquet file, or hf:NAME.
@@ -127,7 +128,7 @@ def verify(
     names = words(runtimes)
     for name in names:
         known("--runtime", name, verification.RUNTIMES)
-    opened = Checkpoint(Path(checkpoint))
+    opened = open_checkpoint(checkpoint)
     tell_notes(progress, opened)
     tokenizer = load_tokenizer(opened.side)
     spec = TextSpec(source=str(text), tokens=sequences * seq_len, seq_len=seq_len, shuffle=False)
@@ -158,21 +159,24 @@ def plan(
     tokens: int = 32768,
     seq_len: int = 512,
     gpu_memory: int | str = "16GiB",
-    contexts: Sequence[int] = CONTEXTS,
+    contexts: Sequence[int] | None = None,
     measure: bool = True,
+    before_measuring: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """Say what quantizing a model would take and give: bytes, memory of the card, time, before it is run.
 
     Args:
-        model: gpt-oss-20b or gpt-oss-120b (nothing is downloaded), a directory or a hub name.
+        model: 20b, gpt-oss-20b or openai/gpt-oss-20b and the same of 120b (nothing is downloaded), a directory or
+            a hub name.
         gpu_memory: of the card that is to run the result, bytes or a size such as "16GiB".
-        contexts: context lengths that it is judged at.
+        contexts: context lengths that it is judged at; without it 4096, 32768 and 131072, as far as the model's go.
         measure: measure this machine for the expected time, some seconds.
+        before_measuring: called with what is known before that.
         method, group_size, dense, tokens, seq_len: as for `quantize`.
     """
-    if not contexts:
+    if contexts is not None and not contexts:
         raise InputError("contexts: expected at least one context length")
-    at_least(1, context=min(contexts), tokens=tokens, seq_len=seq_len)
+    at_least(1, context=1 if contexts is None else min(contexts), tokens=tokens, seq_len=seq_len)
     wanted = PlanRequest(
         model=str(model),
         method=method,
@@ -181,7 +185,12 @@ def plan(
         tokens=tokens,
         seq_len=seq_len,
         gpu_memory=size(gpu_memory, "--gpu-memory"),
-        contexts=tuple(contexts),
-        measure=measure,
+        contexts=None if contexts is None else tuple(contexts),
     )
-    return Plan(plan_record(wanted, None if is_published(wanted.model) else open_checkpoint(model)))
+    source = None if published(wanted.model) else open_checkpoint(model)
+    found = Plan(plan_record(wanted, source))
+    if before_measuring is not None:
+        before_measuring(found)
+    if measure:
+        found.report["time"] = expected_time(wanted, source)
+    return found

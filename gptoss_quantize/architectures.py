@@ -11,10 +11,9 @@ from typing import Any
 
 from gptoss_quantize.config import ModelConfig, parse_config, read_json
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.published import POSITIONS, SIZES, published
 
 MXFP4_NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-# layers and experts are all that differs between the two
-SIZES = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}
 
 
 def gptoss_config(name: str) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def gptoss_config(name: str) -> dict[str, Any]:
         "initializer_range": 0.02,
         "intermediate_size": 2880,
         "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)],
-        "max_position_embeddings": 131072,
+        "max_position_embeddings": POSITIONS,
         "model_type": "gpt_oss",
         "num_attention_heads": 64,
         "num_experts_per_tok": 4,
@@ -65,8 +64,8 @@ def gptoss_config(name: str) -> dict[str, Any]:
 
 def shape_of(like: str) -> dict[str, Any]:
     """Return the config.json that a name or a path to such a file stands for; InputError for anything else."""
-    if like in SIZES:
-        return gptoss_config(like)
+    if name := published(like):
+        return gptoss_config(name)
     path = Path(like)
     if path.is_dir():
         path = path / "config.json"

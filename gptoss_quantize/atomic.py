@@ -38,6 +38,9 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
     "USAGE_POLICY",
 )
 
@@ -91,10 +94,15 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that the file is either the old one or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from gptoss_quantize import __version__, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk
+from gptoss_quantize import __version__, cli_hub, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_exits import StoppedError, one_message
 from gptoss_quantize.cli_options import (
@@ -31,6 +31,7 @@ from gptoss_quantize.cli_options import (
 )
 from gptoss_quantize.cli_words import print_quantized
 from gptoss_quantize.files import check_begin
+from gptoss_quantize.quantize.recipes import format_of
 
 
 class Commands(typer.core.TyperGroup):
@@ -88,14 +89,18 @@ def quantize(
         Format,
         typer.Option(
             "--format",
-            help="int4: ours. mxfp4: OpenAI's own layout. auto: mxfp4 where that keeps every expert exactly.",
+            help="int4, int3, int2: ours. mxfp4: OpenAI's own. auto: mxfp4 where that keeps every expert exactly.",
         ),
     ] = Format.int4,
+    bits: Annotated[
+        int | None, typer.Option(help="4, 3 or 2: short for --format int4, int3, int2. Below 4: our loader only.")
+    ] = None,
     group_size: Annotated[
-        Group | None, typer.Option(help="int4 only. 64 (default): 4.25 bits. 32: 4.5 bits, for tensor parallel 2.")
+        Group | None,
+        typer.Option(help="Not for mxfp4. 64 (default): int4 has 4.25 bits. 32: 4.5, tensor parallel 2."),
     ] = None,
     dense: Annotated[
-        Dense, typer.Option(help="int8: attention, embedding and head in 8 bits too; our loader and GGUF, not vLLM.")
+        Dense, typer.Option(help="int8: attention, embedding and head in 8 bits too; our loader, GGUF, vLLM.")
     ] = Dense.source,
     calibration: Annotated[
         str, typer.Option(help="default, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][@SPLIT].")
@@ -125,12 +130,13 @@ def quantize(
         list[str] | None, typer.Option("--set", help="Change a recipe field, as name=value; see quantize/recipes.py.")
     ] = None,
 ) -> None:
-    """Quantize the experts of MODEL to int4 or MXFP4 and write a packed checkpoint to OUT."""
+    """Quantize the experts of MODEL to int4, int3, int2 or MXFP4 and write a packed checkpoint to OUT."""
+    written = format_of(bits, target.value)
     early.check_input(model, adapter, revision)
     early.check_quantize(
         method=method.value,
         recipe=recipe or [],
-        target=target.value,
+        target=written,
         group_size=None if group_size is None else int(group_size.value),
         dense=dense.value,
         polish=polish,
@@ -146,7 +152,7 @@ def quantize(
         model,
         out,
         method.value,
-        target.value,
+        written,
         None if group_size is None else int(group_size.value),
         dense=dense.value,
         calibration=calibration,
@@ -171,7 +177,12 @@ def quantize(
 
 
 for _name, _command in (
-    cli_measure.COMMANDS | cli_models.COMMANDS | cli_talk.COMMANDS | cli_sizes.COMMANDS | cli_runtimes.COMMANDS
+    cli_measure.COMMANDS
+    | cli_models.COMMANDS
+    | cli_talk.COMMANDS
+    | cli_sizes.COMMANDS
+    | cli_runtimes.COMMANDS
+    | cli_hub.COMMANDS
 ).items():
     app.command(_name)(_command)
 

@@ -14,11 +14,11 @@ from typing import Any
 from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import check_utf8
+from gptoss_quantize.published import POSITIONS, published
 from gptoss_quantize.quantize.recipes import FORMATS, RECIPES, check_recipe, override
 from gptoss_quantize.units import parse_size
 
 PACKAGED_TEXTS = ("default", "heldout")
-PUBLISHED_SHAPES = ("gpt-oss-20b", "gpt-oss-120b")
 
 
 def alone() -> bool:
@@ -71,8 +71,7 @@ def check_input(model: str | Path, adapter: Path | None = None, revision: str | 
     """Raise InputError for a model or an adapter that is not there, or is something else; a hub name may pass."""
     name, path = f"{what} {model}".strip(), Path(model).expanduser()
     if not exists(path):
-        hub = isinstance(model, str) and model.count("/") == 1 and not model.startswith((".", "/", "~"))
-        if not hub:
+        if not _may_be_on_hub(model):
             raise InputError(f"{name}: no such directory, and not a hub name of the form owner/name; check the path")
     else:
         _check_folder(name, path)
@@ -80,11 +79,24 @@ def check_input(model: str | Path, adapter: Path | None = None, revision: str | 
             raise InputError(
                 f"{name}: --revision {revision} is for hub models, this is a local directory; leave it out"
             )
+    if adapter is not None and not exists(adapter) and _may_be_on_hub(adapter):
+        return
     if adapter is not None and not exists(adapter / "adapter_config.json"):
         base = " (it holds a whole model: give that as MODEL)" if exists(adapter / "config.json") else ""
         raise InputError(
             f"{adapter}: no adapter_config.json{base}; expected the directory that PEFT's save_pretrained wrote"
         )
+
+
+def _may_be_on_hub(name: str | Path) -> bool:
+    """Return whether a name that is no directory has the form owner/name."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError for a directory that is not there; a hub name will not do."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory; give what quantize, import or export wrote")
 
 
 def _check_folder(name: str, path: Path) -> None:
@@ -113,6 +125,14 @@ def _check_folder(name: str, path: Path) -> None:
     elif any(n.endswith(".gguf") for n in names):
         what = "no such file: this holds GGUF files; expected the Hugging Face directory that they were made from"
     raise InputError(f"{path / 'config.json'}: {what}")
+
+
+def check_plan(model: str, context: int | None) -> None:
+    """Raise InputError for a model that is not there, and for more context than a published one was made for."""
+    if not published(model):
+        check_input(model)
+    elif context is not None and context > POSITIONS:
+        raise InputError(f"--context {context}: {model} was made for {POSITIONS} tokens; ask for that many or fewer")
 
 
 def check_once(candidates: list[Path]) -> None:

@@ -19,6 +19,7 @@ from gptoss_quantize.cli_options import (
     ColumnOpt,
     Dtype,
     DtypeOpt,
+    ModelCardOpt,
     RevisionOpt,
     SeqLenOpt,
     TextOpt,
@@ -36,7 +37,9 @@ class Profile(StrEnum):
 
 
 def evaluate(
-    candidate: Annotated[Path, typer.Argument(help="Checkpoint to judge: int4, bf16 or MXFP4.")],
+    candidate: Annotated[
+        Path, typer.Argument(help="Checkpoint to judge: int4, bf16 or MXFP4; a directory or hub name.")
+    ],
     baseline: Annotated[str, typer.Option(help="The unquantized model, a directory or hub name.")],
     text: TextOpt = "heldout",
     tokens: Annotated[int | None, typer.Option(min=2, help="Token budget; all of the text without it.")] = None,
@@ -46,6 +49,7 @@ def evaluate(
     adapter: AdapterOpt = None,
     revision: RevisionOpt = None,
     dtype: DtypeOpt = Dtype.float32,
+    model_card: ModelCardOpt = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Compare CANDIDATE with the unquantized model: perplexity, KL divergence, top-1 agreement."""
@@ -66,6 +70,7 @@ def evaluate(
         adapter=adapter,
         revision=revision,
         dtype=dtype.value,
+        model_card=model_card,
         progress=True,
     )
     early.write_file(json_out, found.report)
@@ -88,7 +93,9 @@ def print_warnings(record: dict[str, Any]) -> None:
 
 
 def compare(
-    candidates: Annotated[list[Path], typer.Argument(help="Checkpoints to judge: int4, bf16 or MXFP4.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(help="Checkpoints to judge: int4, bf16 or MXFP4; directories or hub names.")
+    ],
     baseline: Annotated[str, typer.Option(help="The unquantized model, a directory or hub name.")],
     report: Annotated[Path, typer.Option(help="Directory for report.html, report.json, README.md and the cache.")],
     text: Annotated[
@@ -110,9 +117,12 @@ def compare(
     margin: Annotated[float, typer.Option(min=0, help="Loss of accuracy that does not matter, in points.")] = 2.0,
     expert_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens for the expert section; 0: none.")] = None,
     examples: Annotated[int | None, typer.Option(min=0, max=3, help="Example prompts.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="PEFT LoRA adapter of the baseline.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT LoRA adapter of the baseline, a directory or hub name.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of matrix products.")] = Dtype.float32,
+    model_card: ModelCardOpt = False,
 ) -> None:
     """Compare checkpoints with the unquantized model and write a report that opens in a browser.
 
@@ -125,6 +135,9 @@ def compare(
     early.check_input(baseline, adapter, revision, "--baseline")
     for source in text or []:
         early.check_text(source)
+    from gptoss_quantize.eval.network import check_reachable
+
+    check_reachable(name.strip() for name in tasks.split(","))
     from gptoss_quantize import api
 
     done = api.compare(
@@ -146,6 +159,7 @@ def compare(
         adapter=adapter,
         revision=revision,
         dtype=dtype.value,
+        model_card=model_card,
         command=shlex.join(["gptoss-quantize", *sys.argv[1:]]),
         progress=True,
     )

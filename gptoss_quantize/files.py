@@ -32,6 +32,7 @@ from gptoss_quantize.atomic import (
     save_tensors,
     sync_folder,
     write_json,
+    write_text,
     writing,
 )
 from gptoss_quantize.errors import InputError
@@ -47,6 +48,7 @@ __all__ = [
     "save_tensors",
     "sync_folder",
     "write_json",
+    "write_text",
     "writing",
 ]
 
@@ -96,6 +98,13 @@ def finish_mark(folder: Path, **more: Any) -> None:
     known = [p.name for p in folder.iterdir() if any(fnmatch(p.name, pattern) for pattern in UNFINISHED)]
     files = sorted({*known, *more.pop("files", []), MARK})
     write_json(folder / MARK, mark | more | {"files": files})
+
+
+def add_to_mark(folder: Path, name: str) -> None:
+    """Note that a file added to a finished folder is ours too; nothing where the folder has no mark."""
+    mark = read_mark(folder)
+    if mark is not None and "files" in mark and name not in mark["files"]:
+        write_json(folder / MARK, mark | {"files": sorted([*mark["files"], name])})
 
 
 def strangers(folder: Path) -> list[str]:

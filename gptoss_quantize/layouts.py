@@ -6,6 +6,7 @@ Experts (`LAYOUTS`), one entry each; nothing outside this file compares a format
             gpt-oss runs it
     int4    ours: one tensor set per expert, `w13_*` and `w2_*` in compressed-tensors' "pack-quantized" words, under
             shard names of our own
+    int3, int2   ours: the same sets, their codes in planes (`kernels.planes`) under names that no other reader knows
 Everything else (`DENSE`): as the source has it, or attention, embedding and head in int8 with a scale for 32 columns.
 
 docs/checkpoint-format.md describes the files tensor by tensor. A new number format is one grid (`kernels.grids`) and
@@ -14,6 +15,7 @@ one entry here. Shapes: E experts, R rows (outputs), C columns (inputs), G group
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import grids, int4, int8, mxfp4
+from gptoss_quantize.kernels import grids, int8, mxfp4, planes
 from gptoss_quantize.kernels.grids import Grid
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -89,6 +91,7 @@ class Layout:
     group_sizes: tuple[int, ...] = ()  # that it can have, the default first
     source: bool = False  # can be quantized: nothing of ours was lost yet
     packed: bool = False  # our loader keeps it packed in memory; stock transformers cannot load it
+    bits: int = 0  # of a code, where it is packed
 
     @property
     def index_name(self) -> str:
@@ -196,19 +199,29 @@ def _read_float(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     return stored[""].T.to(dtype).contiguous()
 
 
-def _int4_matrix(rows: int, columns: int, group_size: int) -> Stored:
+def codes_suffix(bits: int) -> str:
+    """Return what the name of a packed matrix's codes ends with: it says how many bits they have."""
+    return "_weight_packed" if bits == 4 else f"_weight_int{bits}"
+
+
+def _integer_matrix(bits: int, rows: int, columns: int, group_size: int) -> Stored:
     return {
-        "_weight_packed": ((rows, columns // int4.CODES_PER_WORD), (torch.int32,)),
+        codes_suffix(bits): ((rows, planes.words(columns, bits)), (torch.int32,)),
         "_weight_scale": ((rows, columns // group_size), FLOATS),
     }
 
 
-def _read_int4(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    return int4.weights(stored["_weight_packed"], stored["_weight_scale"], dtype)
+def _read_integers(bits: int, stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    return planes.weights(stored[codes_suffix(bits)], stored["_weight_scale"], bits, dtype)
 
 
-def _store_int4(codes_RC: Tensor, scale_RG: Tensor) -> dict[str, Tensor]:
-    return {"_weight_packed": int4.pack(codes_RC), "_weight_scale": scale_RG.to(torch.bfloat16)}
+def _store_integers(bits: int, codes_RC: Tensor, scale_RG: Tensor) -> dict[str, Tensor]:
+    return {codes_suffix(bits): planes.pack(codes_RC, bits), "_weight_scale": scale_RG.to(torch.bfloat16)}
+
+
+def _planes_config(bits: int, group_size: int) -> dict[str, Any]:
+    """Return a description that other tools refuse: none of them knows planes."""
+    return {"quant_method": "gptoss-quantize", "format": "planes", "num_bits": bits, "group_size": group_size}
 
 
 def _int4_config(group_size: int) -> dict[str, Any]:
@@ -281,21 +294,30 @@ MXFP4 = Layout(
     group_sizes=(mxfp4.GROUP_SIZE,),
     source=True,
 )
-INT4 = Layout(
-    name="int4",
-    grid=grids.INT4,
-    fused=False,
-    stems=("w13", "w2"),
-    matrix=_int4_matrix,
-    read=_read_int4,
-    store=_store_int4,
-    config=_int4_config,
-    # not model-*.safetensors: stock transformers would load that with random experts and only warn
-    shard_stem="gptoss-int4",
-    group_sizes=(64, 32),
-    packed=True,
-)
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, INT4, MXFP4)}
+
+
+def _integers(bits: int, config: Callable[[int], dict[str, Any]]) -> Layout:
+    """Return our layout of symmetric integers."""
+    return Layout(
+        name=f"int{bits}",
+        grid=grids.GRIDS[f"int{bits}"],
+        fused=False,
+        stems=("w13", "w2"),
+        matrix=partial(_integer_matrix, bits),
+        read=partial(_read_integers, bits),
+        store=partial(_store_integers, bits),
+        config=config,
+        # not model-*.safetensors: stock transformers would load that with random experts and only warn
+        shard_stem=f"gptoss-int{bits}",
+        group_sizes=(64, 32),
+        packed=True,
+        bits=bits,
+    )
+
+
+INT4 = _integers(4, _int4_config)
+INT3, INT2 = (_integers(bits, partial(_planes_config, bits)) for bits in (3, 2))
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, INT4, INT3, INT2, MXFP4)}
 
 
 def quantization_config(layout: Layout, group_size: int = 0) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `load(DIR)` builds GptOssForCausalLM without weights, puts `PackedExpertsModule` where the float experts were, and
 places every tensor itself: a missing, unknown or misshapen tensor raises. Stock transformers cannot do this. It
-has no int4 experts for gpt-oss, and would fill them with random numbers and a warning; the shard names of our
+has no packed experts for gpt-oss, and would fill them with random numbers and a warning; the shard names of our
 checkpoints make it stop instead.
 """
 
@@ -22,24 +22,40 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.experts_op import KERNELS, kernel_report
 from gptoss_quantize.kernels.linear_op import use_bf16_linear
-from gptoss_quantize.layouts import AS_SOURCE, dense_shapes
+from gptoss_quantize.layouts import AS_SOURCE, LAYOUTS, dense_shapes
 from gptoss_quantize.packed_experts import PackedExpertsModule, map_experts
+from gptoss_quantize.saving import save_packed
 
 
 class PackedGptOssForCausalLM(GptOssForCausalLM):
     """The model that `load` returns: experts packed, everything else as in transformers."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: stock transformers would find no experts in what it writes, and fill in random ones."""
-        raise InputError(
-            "a model with packed experts cannot be saved by transformers; copy the directory that it was loaded from"
-        )
+    loaded_from: Checkpoint
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write the model as a directory that `load` reads to the same logits (gptoss_quantize.saving).
+
+        InputError for a directory that is taken, for options that would change what is written, and for a model that
+        was changed in ways that the layout has no place for.
+        """
+        harmless = {"is_main_process": (True, False), "safe_serialization": (True,), "push_to_hub": (False,)}
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        given = {name: value for name, value in given.items() if value not in harmless.get(name, ())}
+        if args or given:
+            raise InputError(
+                f"save_pretrained of a packed model does not know {sorted(given) or list(args)}: it writes one shard "
+                "for a layer; send it to the hub with gptoss_quantize.push"
+            )
+        if kwargs.get("is_main_process", True):
+            save_packed(self, self.loaded_from, Path(save_directory))
 
 
 def load(
     path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", kernel: str = "auto"
 ) -> GptOssForCausalLM:
-    """Return a model ready for `generate`, its experts packed: about 4.25 bits each, 16 for the rest.
+    """Return a model ready for `generate`, its experts packed: about 4.25 bits each in int4, 16 for the rest.
 
     Attention, embedding and head that are stored in 8 bits stay so as well. `dtype` is that of the activations and of
     everything else. On a CPU the experts stay in the mapped files, which must not change while the model lives; for
@@ -49,13 +65,16 @@ def load(
     checkpoint = Checkpoint(Path(path))
     if not checkpoint.layout.packed:
         raise InputError(
-            f"{path}: its experts are {checkpoint.layout.name}, not int4; load it with transformers, "
+            f"{path}: its experts are {checkpoint.layout.name}, not int4, int3 or int2; load it with transformers, "
             "or quantize it first (gptoss-quantize quantize)"
         )
     if kernel not in KERNELS:
         raise InputError(f"unknown expert kernel {kernel!r}; known: {', '.join(KERNELS)}")
     if kernel == "auto" and torch.device(device).type == "cpu" and not native.available():
         warnings.warn(f"{path}: its experts run in {kernel_report(device, dtype)}", stacklevel=2)
+    if kernel == "auto" and torch.device(device).type == "cuda" and checkpoint.layout.bits != 4:
+        report = kernel_report(device, dtype, checkpoint.layout.bits)
+        warnings.warn(f"{path}: its experts run in {report}", stacklevel=2)
     config = checkpoint.config
     raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "gptoss_quantize")}
     with init_empty_weights(include_buffers=False):
@@ -73,13 +92,15 @@ def load(
         if name not in kept
     }
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    buffers = {name for name, _ in model.named_buffers()}
+    # a tied head shares its buffers with the embedding, and is to be counted
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     if unexpected or set(missing) - buffers - ({"lm_head.weight"} if config.tied else set()):
         raise InputError(f"{path}: tensors do not fit the model: missing {missing}, unknown {unexpected}")
     if not kept:
         model.tie_weights()
     if dtype == torch.bfloat16 and native.available():
         use_bf16_linear(model)
+    model.loaded_from = checkpoint
     if (Path(path) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval().to(device)
@@ -92,7 +113,8 @@ class _Auto(GptOssForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a directory with our marker packed; hand everything else to transformers unchanged."""
         config = kwargs.get("config")
-        if (getattr(config, "gptoss_quantize", None) or {}).get("format") != "int4":
+        marker = getattr(config, "gptoss_quantize", None) or {}
+        if not (marker.get("format") in LAYOUTS and LAYOUTS[marker["format"]].packed):
             return GptOssForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.bfloat16
         if dtype == "auto":

@@ -1,4 +1,4 @@
-"""The module in the place of transformers' GptOssExperts: int4 experts in mapped files, or stacked on a device."""
+"""The module in the place of transformers' GptOssExperts: packed experts in mapped files, or stacked on a device."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,16 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import experts_op
 from gptoss_quantize.kernels.experts import MappedExperts, PackedExperts, experts_torch
+from gptoss_quantize.layouts import Layout
 
-PARTS = ("w13_weight_packed", "w13_weight_scale", "w13_bias", "w2_weight_packed", "w2_weight_scale", "w2_bias")
+
+def stored_parts(layout: Layout) -> tuple[str, ...]:
+    """Return the names of an expert's stored tensors, in the order of PackedExperts."""
+    return tuple(stem + suffix for stem in layout.stems for suffix in (*layout.suffixes, "_bias"))
 
 
 class PackedExpertsModule(nn.Module):
-    """The experts of one layer in packed int4; the same call as transformers' GptOssExperts.
+    """The packed experts of one layer; the same call as transformers' GptOssExperts.
 
     Mapped experts become stacked ones when the module is moved to another device. Their dtypes never change.
     """
@@ -78,14 +82,15 @@ class PackedExpertsModule(nn.Module):
         return self._operator(*routing).view_as(hidden_states)
 
     def _operator(self, *routing: torch.Tensor) -> torch.Tensor:
+        bits = self._experts.bits
         if self.mapped:
             storages = [getattr(self, f"storage_{i}") for i in range(self.storages)]
             intermediate, group, bias_dtype = self.sizes
             return experts_op.experts_mapped(
-                *routing, storages, self.place, intermediate, group, bias_dtype, self.limit, self.alpha, 4
+                *routing, storages, self.place, intermediate, group, bias_dtype, self.limit, self.alpha, *bits
             )
         parts = (getattr(self, name) for name in PackedExperts.__slots__)
-        return experts_op.experts(*routing, *parts, self.limit, self.alpha)
+        return experts_op.experts(*routing, *parts, self.limit, self.alpha, *bits)
 
 
 def map_experts(checkpoint: Checkpoint, layer: int, maps: dict[Path, torch.Tensor]) -> MappedExperts:
@@ -94,16 +99,16 @@ def map_experts(checkpoint: Checkpoint, layer: int, maps: dict[Path, torch.Tenso
     Scales and biases with NaN or infinite values are refused. What the kernels cannot read in place is copied: scales
     in another dtype than bfloat16, biases of mixed dtypes, tensors at odd addresses.
     """
-    config = checkpoint.config
+    config, parts = checkpoint.config, stored_parts(checkpoint.layout)
     base = f"model.layers.{layer}.mlp.experts."
     biases = {
-        checkpoint.info(f"{base}{e}.{part}").dtype for e in range(config.experts) for part in (PARTS[2], PARTS[5])
+        checkpoint.info(f"{base}{e}.{part}").dtype for e in range(config.experts) for part in (parts[2], parts[5])
     }
     bias_dtype = biases.pop() if len(biases) == 1 else torch.float32
     storages: list[torch.Tensor] = []
     number: dict[Path | str, int] = {}
     place: list[tuple[int, int]] = []
-    for part, dtype in zip(PARTS, (torch.int32, torch.bfloat16, bias_dtype) * 2, strict=True):
+    for part, dtype in zip(parts, (torch.int32, torch.bfloat16, bias_dtype) * 2, strict=True):
         for e in range(config.experts):
             name = f"{base}{e}.{part}"
             shard, info = checkpoint.shard(name), checkpoint.info(name)
@@ -119,8 +124,9 @@ def map_experts(checkpoint: Checkpoint, layer: int, maps: dict[Path, torch.Tenso
                 number[key] = len(storages)
                 storages.append(maps[shard.path] if inside else data)
             place.append((number[key], info.start if inside else 0))
-    where = torch.tensor(place, dtype=torch.int64).view(len(PARTS), config.experts, 2)
-    return MappedExperts(storages, where, config.hidden, config.intermediate, checkpoint.group_size, bias_dtype)
+    where = torch.tensor(place, dtype=torch.int64).view(len(parts), config.experts, 2)
+    bits = (checkpoint.layout.bits, checkpoint.layout.bits)
+    return MappedExperts(storages, where, config.hidden, config.intermediate, checkpoint.group_size, bias_dtype, bits)
 
 
 def _finite(values: torch.Tensor) -> bool:

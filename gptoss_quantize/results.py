@@ -144,3 +144,13 @@ class Plan:
         """Return whether the result fits the card in a runtime ("vLLM", "llama.cpp") at one of the contexts."""
         rows = {(row["runtime"], row["context"]): bool(row["fits"]) for row in self.report["card"]}
         return rows[runtime, context]
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What `push` sent; `left` are names in the directory that were not, since they are not ours."""
+
+    repo: str
+    url: str  # of the commit
+    files: list[str]
+    left: list[str]

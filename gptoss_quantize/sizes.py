@@ -89,7 +89,8 @@ def header_bytes(shard: list[Stored]) -> int:
 def part_of(name: str) -> str:
     """Return the part of the model that a stored tensor is counted under."""
     if ".mlp.experts." in name:
-        kinds = {"_packed": "expert codes", "_scale": "expert scales", "_bias": "expert biases"}
+        codes = dict.fromkeys(("_packed", "_int3", "_int2"), "expert codes")
+        kinds = codes | {"_scale": "expert scales", "_bias": "expert biases"}
         return next(part for end, part in kinds.items() if name.endswith(end))
     if ".self_attn." in name:
         return "attention"
@@ -121,7 +122,14 @@ def expert_bytes(config: ModelConfig, group_size: int, pad_rows: int = 1, pad_co
     return config.layers * config.experts * total
 
 
-def dense_total(config: ModelConfig, dense: str, dense_dtype: Callable[[str], str]) -> int:
-    """Return the bytes of everything outside the experts."""
+def dense_total(
+    config: ModelConfig, dense: str, dense_dtype: Callable[[str], str], left_out: tuple[str, ...] = ()
+) -> int:
+    """Return the bytes of everything outside the experts, but for the tensors of the parts in `left_out`."""
     shards = shard_tensors(config, 32, dense, dense_dtype)
-    return sum(tensor_bytes(t) for shard in shards for t in shard if ".mlp.experts." not in t[0])
+    return sum(
+        tensor_bytes(t)
+        for shard in shards
+        for t in shard
+        if ".mlp.experts." not in t[0] and part_of(t[0]) not in left_out
+    )

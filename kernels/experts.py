@@ -15,19 +15,45 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.kernels import int4, native
+from gptoss_quantize.kernels import int4, native, planes
 
 
 @dataclass(slots=True)
 class PackedExperts:
-    """The int4 experts of one layer, stacked; see docs/checkpoint-format.md and `kernels.int4`."""
+    """The packed experts of one layer, stacked; see docs/checkpoint-format.md, `kernels.int4` and `kernels.planes`.
 
-    w13_packed: torch.Tensor  # int32 [E, 2F, D/8], rows interleaved gate, up
+    A code has 2, 3 or 4 bits, in w13 perhaps others than in w2: the shapes tell.
+    """
+
+    w13_packed: torch.Tensor  # int32 [E, 2F, bits D/32], rows interleaved gate, up
     w13_scale: torch.Tensor  # bfloat16 [E, 2F, D/g]
     w13_bias: torch.Tensor  # [E, 2F]
-    w2_packed: torch.Tensor  # int32 [E, D, F/8]
+    w2_packed: torch.Tensor  # int32 [E, D, bits F/32]
     w2_scale: torch.Tensor  # bfloat16 [E, D, F/g]
     w2_bias: torch.Tensor  # [E, D]
+
+    @property
+    def hidden(self) -> int:
+        """Return D."""
+        return self.w2_bias.shape[-1]
+
+    @property
+    def intermediate(self) -> int:
+        """Return F."""
+        return self.w13_bias.shape[-1] // 2
+
+    @property
+    def group(self) -> int:
+        """Return the weights per scale."""
+        return self.hidden // self.w13_scale.shape[-1]
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Return the bits of a code in w13 and in w2; ValueError where the shapes fit none."""
+        return (
+            planes.bits_of(self.w13_packed.shape[-1], self.hidden),
+            planes.bits_of(self.w2_packed.shape[-1], self.intermediate),
+        )
 
     def of(self, expert: int) -> "PackedExperts":
         """Return one expert's tensors, without the leading dimension."""
@@ -44,11 +70,13 @@ class MappedExperts:
     intermediate: int
     group: int
     bias_dtype: torch.dtype
+    bits: tuple[int, int] = (4, 4)  # of a code in w13 and in w2
 
     def shapes(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Return (shape, dtype) of one expert's six tensors."""
-        D, F, g, words = self.hidden, self.intermediate, self.group, int4.CODES_PER_WORD
-        parts = (((2 * F, D // words), (2 * F, D // g), (2 * F,)), ((D, F // words), (D, F // g), (D,)))
+        D, F, g = self.hidden, self.intermediate, self.group
+        w13, w2 = (planes.words(columns, bits) for columns, bits in zip((D, F), self.bits, strict=True))
+        parts = (((2 * F, w13), (2 * F, D // g), (2 * F,)), ((D, w2), (D, F // g), (D,)))
         return tuple(
             shape_dtype
             for packed, scale, bias in parts
@@ -144,14 +172,14 @@ def experts_torch(
     alpha: float,
 ) -> torch.Tensor:
     """Return the block output [T, D]: dequantize one hit expert at a time, multiply in the dtype of x."""
-    out_TD = torch.zeros_like(x_TD)
+    out_TD, (bits13, bits2) = torch.zeros_like(x_TD), packed.bits
     for expert in torch.unique(index_TK).tolist():
         token, slot = rows_of(index_TK, expert)
         of = packed.of(expert)
-        w13 = int4.weights(of.w13_packed, of.w13_scale, x_TD.dtype)
+        w13 = planes.weights(of.w13_packed, of.w13_scale, bits13, x_TD.dtype)
         act = gated(x_TD[token], w13, of.w13_bias.to(x_TD.dtype), limit, alpha)
         del w13
-        w2 = int4.weights(of.w2_packed, of.w2_scale, x_TD.dtype)
+        w2 = planes.weights(of.w2_packed, of.w2_scale, bits2, x_TD.dtype)
         y = act @ w2.T + of.w2_bias.to(x_TD.dtype)
         out_TD.index_add_(0, token, y * prob_TK[token, slot, None].to(x_TD.dtype))
     return out_TD
@@ -172,14 +200,15 @@ def experts_gradient(
     Works in float32 where x is narrower; on a CPU that is also faster.
     """
     dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    bits13, bits2 = packed.bits
     by_x, by_prob = torch.zeros_like(x_TD, dtype=dtype), torch.zeros_like(prob_TK, dtype=dtype)
     for expert in torch.unique(index_TK).tolist():
         token, slot = rows_of(index_TK, expert)
         of = packed.of(expert)
         slope = slope_TD[token].to(dtype)
-        w13 = by_halves(int4.dequantize(int4.unpack(of.w13_packed), of.w13_scale, dtype))
+        w13 = by_halves(int4.dequantize(planes.unpack(of.w13_packed, bits13), of.w13_scale, dtype))
         gate_up = functional.linear(x_TD[token].to(dtype), w13, by_halves(of.w13_bias.to(dtype)))
-        by_act = slope @ int4.dequantize(int4.unpack(of.w2_packed), of.w2_scale, dtype)
+        by_act = slope @ int4.dequantize(planes.unpack(of.w2_packed, bits2), of.w2_scale, dtype)
         of_act = (by_act * activated(gate_up, limit, alpha)).sum(-1)
         by_prob[token, slot] = of_act + slope @ of.w2_bias.to(dtype)
         by_act *= prob_TK[token, slot, None].to(dtype)

@@ -1,4 +1,4 @@
-"""The operator `gptoss_quantize::experts`: the expert block of packed int4 weights, by the fastest kernel there is.
+"""The operator `gptoss_quantize::experts`: the expert block of packed 2 to 4-bit weights by the fastest kernel.
 
 `experts` takes stacked tensors, `experts_mapped` the same experts wherever they lie in memory (a memory-mapped
 checkpoint, whose tensors are separate for every expert). Both are operators of torch: they have a fake, so that
@@ -7,7 +7,7 @@ biases are frozen. The definition is `kernels.experts.experts_torch`.
 
     x on            kernel
     CPU             C++ (native_products) for float32, bfloat16, float16; else, and without a compiler, the definition
-    CUDA            Triton (experts_triton) for stacked tensors where triton is installed, else the definition
+    CUDA            Triton (experts_triton) for stacked 4-bit tensors where triton is installed, else the definition
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptoss_quantize.kernels import native, native_products
+from gptoss_quantize.kernels import native, native_products, planes
 from gptoss_quantize.kernels.experts import MappedExperts, PackedExperts, experts_gradient, experts_torch
 
 TRITON = "gptoss_quantize.kernels.experts_triton"
@@ -50,15 +50,12 @@ def experts_native(
     """Return `experts_torch` [T, D] computed in C++, with an instruction set by name or ("") the fastest."""
     if isinstance(packed, MappedExperts):
         storages, place = packed.storages, packed.place
-        sizes, bias_dtype = (packed.intermediate, packed.group), packed.bias_dtype
+        bias_dtype = packed.bias_dtype
     else:
         storages, place = _place(packed)
-        sizes, bias_dtype = (packed.w2_packed.shape[-1] * 8, _group(packed)), packed.w13_bias.dtype
+        bias_dtype = packed.w13_bias.dtype
+    sizes = (packed.intermediate, packed.group, *packed.bits)
     return native_products.experts(x, index, prob, storages, place, sizes, bias_dtype, limit, alpha, isa)
-
-
-def _group(packed: PackedExperts) -> int:
-    return packed.w13_packed.shape[-1] * 8 // packed.w13_scale.shape[-1]
 
 
 def _fits_native(x: Tensor, packed: PackedExperts | MappedExperts) -> bool:
@@ -70,7 +67,7 @@ def _fits_native(x: Tensor, packed: PackedExperts | MappedExperts) -> bool:
         dtypes == (torch.bfloat16, torch.bfloat16)
         and len(biases) == 1
         and biases <= native_products.TYPES.keys()
-        and native_products.takes(x, packed.w2_packed.shape[-1] * 8, _group(packed))
+        and native_products.takes(x, packed.intermediate, packed.group)
     )
 
 
@@ -93,7 +90,8 @@ def run(
     if (
         on_card
         and isinstance(packed, PackedExperts)
-        and _group(packed) in groups
+        and packed.group in groups
+        and packed.bits == (4, 4)
         and (triton := _triton()) is not None
     ):
         parts = (getattr(packed, name) for name in PackedExperts.__slots__)
@@ -101,13 +99,15 @@ def run(
     return experts_torch(x, index, prob, packed, limit, alpha)
 
 
-def kernel_report(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
+def kernel_report(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, bits: int = 4) -> str:
     """Return which kernel runs packed experts on a device with activations of a dtype, and why."""
     if torch.device(device).type == "cuda":
-        if _triton() is not None:
+        if bits == 4 and _triton() is not None:
             return "Triton kernels"
         why = "triton kernels are not part of this installation"
-        if importlib.util.find_spec(TRITON) is not None:
+        if bits != 4:
+            why = f"the Triton kernels take 4 bits, not {bits}"
+        elif importlib.util.find_spec(TRITON) is not None:
             why = importlib.import_module(TRITON).problem()
         return f"plain torch, one expert at a time, slow: {why}"
     if torch.device(device).type != "cpu":
@@ -120,9 +120,9 @@ def kernel_report(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> s
     return f"C++ with {sets[-1]} (this processor and compiler have {', '.join(sets)})"
 
 
-def _check(x: Tensor, index: Tensor, prob: Tensor, bits: int) -> None:
-    if bits != 4:
-        raise ValueError(f"gptoss_quantize::experts: bits = {bits}; only 4 is implemented")
+def _check(x: Tensor, index: Tensor, prob: Tensor, bits: tuple[int, int]) -> None:
+    if not {*bits} <= {*planes.BITS}:
+        raise ValueError(f"gptoss_quantize::experts: bits = {bits}; 2, 3 and 4 are implemented")
     if x.dim() != 2 or index.dim() != 2 or index.shape != prob.shape or len(index) != len(x):
         raise ValueError(
             "gptoss_quantize::experts takes x [T, D], index [T, K] and prob [T, K], "
@@ -130,15 +130,18 @@ def _check(x: Tensor, index: Tensor, prob: Tensor, bits: int) -> None:
         )
 
 
-def _check_shapes(x: Tensor, packed: PackedExperts) -> None:
+def _check_shapes(x: Tensor, packed: PackedExperts, bits: tuple[int, int]) -> None:
     """Refuse shapes that do not fit each other: the kernels read memory by them."""
     (E, R, _), D = packed.w13_packed.shape, x.shape[1]
     F, G13, G2 = R // 2, packed.w13_scale.shape[-1], packed.w2_scale.shape[-1]
     found = [tuple(getattr(packed, name).shape) for name in PackedExperts.__slots__]
-    if found != [(E, 2 * F, D // 8), (E, 2 * F, G13), (E, 2 * F), (E, D, F // 8), (E, D, G2), (E, D)] or (
+    w13, w2 = planes.words(D, bits[0]), planes.words(F, bits[1])
+    if found != [(E, 2 * F, w13), (E, 2 * F, G13), (E, 2 * F), (E, D, w2), (E, D, G2), (E, D)] or (
         D % G13 or F % G2 or D // G13 != F // G2
     ):
-        raise ValueError(f"gptoss_quantize::experts: shapes {found} do not fit each other and x {tuple(x.shape)}")
+        raise ValueError(
+            f"gptoss_quantize::experts: shapes {found} do not fit each other, x {tuple(x.shape)} and {bits} bits"
+        )
 
 
 # --- stacked
@@ -158,14 +161,17 @@ def experts(  # noqa: PLR0913 - an operator takes tensors, not a dataclass
     limit: float,
     alpha: float,
     bits: int = 4,
+    bits_down: int = 0,
 ) -> Tensor:
     """Return the block output [T, D] in the dtype of x for x [T, D], experts index [T, K] and weights prob [T, K].
 
-    The experts are those of PackedExperts; the group size follows from the shapes.
+    The experts are those of PackedExperts; the group size follows from the shapes. `bits`: of a code, 2, 3 or 4;
+    `bits_down`: of those of w2 where they are others.
     """
-    _check(x, index, prob, bits)
+    pair = (bits, bits_down or bits)
+    _check(x, index, prob, pair)
     packed = PackedExperts(w13_packed, w13_scale, w13_bias, w2_packed, w2_scale, w2_bias)
-    _check_shapes(x, packed)
+    _check_shapes(x, packed, pair)
     return run(x, index, prob, packed, limit, alpha)
 
 
@@ -240,10 +246,12 @@ def experts_mapped(  # noqa: PLR0913
     limit: float,
     alpha: float,
     bits: int,
+    bits_down: int,
 ) -> Tensor:
     """Return `experts` for experts that lie in `storages` where `place` says; see MappedExperts."""
-    _check(x, index, prob, bits)
-    mapped = MappedExperts(storages, place, x.shape[1], intermediate, group, bias_dtype)
+    pair = (bits, bits_down)
+    _check(x, index, prob, pair)
+    mapped = MappedExperts(storages, place, x.shape[1], intermediate, group, bias_dtype, pair)
     return run(x, index, prob, mapped, limit, alpha)
 
 
@@ -263,9 +271,12 @@ def experts_mapped_backward(  # noqa: PLR0913
     bias_dtype: torch.dtype,
     limit: float,
     alpha: float,
+    bits: int,
+    bits_down: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `experts_mapped`, as `experts_backward` does."""
-    mapped = MappedExperts(storages, place, x.shape[1], intermediate, group, bias_dtype)
+    pair = (bits, bits_down)
+    mapped = MappedExperts(storages, place, x.shape[1], intermediate, group, bias_dtype, pair)
     return experts_gradient(slope, x, index, prob, mapped, limit, alpha)
 
 
@@ -275,13 +286,13 @@ experts_mapped_backward.register_fake(_gradient_fake)
 def _mapped_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, index, prob, storages, place, *settings = inputs
     ctx.save_for_backward(x, index, prob, place, *storages)
-    ctx.settings = settings[:5]
+    ctx.settings, ctx.count = settings, len(inputs)
 
 
 def _mapped_gradient(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
     x, index, prob, place, *storages = ctx.saved_tensors
     by_x, by_prob = experts_mapped_backward(slope, x, index, prob, storages, place, *ctx.settings)
-    return by_x, None, by_prob, [None] * len(storages), *(None,) * 7
+    return by_x, None, by_prob, [None] * len(storages), *(None,) * (ctx.count - 4)
 
 
 experts_mapped.register_autograd(_mapped_gradient, setup_context=_mapped_context)

@@ -1,12 +1,13 @@
 """The grids that a weight can be rounded to, as integer codes times a scale.
 
 int4     codes -8..7, and any bfloat16 scale, negative too.
+int3     the same with codes -4..3, int2 with -2..1.
 mxfp4    E2M1 in halves: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, and a power of two, one for 32 weights.
          With halves the codes are whole numbers, so that every algorithm handles `code * scale` and neither knows nor
          cares that the gaps between codes are uneven. The stored E8M0 byte e stands for the scale 2^(e - 128).
 
 What an algorithm needs of a grid is in `Grid`, which also says which compiled loops know it: a grid without them runs
-in torch. How codes become bytes is in `kernels.int4` and `kernels.mxfp4`. A new grid is one entry in `GRIDS`.
+in torch. How codes become bytes is in `kernels.int4`, `planes` and `mxfp4`. A new grid is one entry in `GRIDS`.
 """
 
 from collections.abc import Callable
@@ -91,5 +92,6 @@ def scale_bytes(scale: torch.Tensor) -> torch.Tensor:
 
 
 INT4 = integers("int4", int4.CODE_MIN, int4.CODE_MAX)
+INT3, INT2 = integers("int3", -4, 3), integers("int2", -2, 1)
 MXFP4 = Grid("mxfp4", -12, 12, nearest_halves, power_scale, "powers", "halves")
-GRIDS: dict[str, Grid] = {grid.name: grid for grid in (INT4, MXFP4)}
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in (INT4, INT3, INT2, MXFP4)}

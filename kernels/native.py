@@ -30,9 +30,8 @@ FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-fPIC")
 LINK = ("-shared", "-pthread", "-ldl")
 # loops of quantization: for the processor that compiles them; products: for every set, chosen among at run time
 NATIVE = tuple(HEADER.with_name(name) for name in ("native_solve.cpp", "native_passes.cpp"))
-EXPERTS, DOT, DOT_HEADER = (
-    HEADER.with_name(name) for name in ("native_experts.cpp", "native_dot.cpp", "native_dot.h")
-)
+EXPERTS, DOT = (HEADER.with_name(name) for name in ("native_experts.cpp", "native_dot.cpp"))
+HEADERS = (HEADER, *(HEADER.with_name(f"native_{name}.h") for name in ("dot", "planes", "vectors")))
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 INSTRUCTION_SETS = {"portable": ()} | (
     {"avx2": ("-mavx2", "-mfma"), "avx512": _AVX512, "avx512vnni": (*_AVX512, "-mavx512vnni")}
@@ -87,7 +86,7 @@ def _compile(compiler: str, scratch: Path) -> list[str]:
 def _build(compiler: str, make: bool = True) -> Path:
     """Return the compiled library, from the cache or made now; OSError or CalledProcessError where that fails."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    texts = [path.read_text(encoding="utf-8") for path in (HEADER, DOT_HEADER, *NATIVE, EXPERTS, DOT)]
+    texts = [path.read_text(encoding="utf-8") for path in (*HEADERS, *NATIVE, EXPERTS, DOT)]
     key = "\0".join([*texts, version, *FLAGS, *LINK, str(INSTRUCTION_SETS), platform.machine(), _processor()])
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_quantize"

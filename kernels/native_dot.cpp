@@ -1,70 +1,12 @@
-// Products of stored int4, int8 and bfloat16 weights with activations; see native_dot.h. The vectors are those of the
-// instruction set that the compiler was told to use: 64 bytes with AVX-512, 32 with AVX2, 16 otherwise.
+// Products of stored int4, int8 and bfloat16 weights with activations; see native_dot.h. Those of 2 and 3 bits are in
+// native_planes.h, the vectors in native_vectors.h.
 
 #include "native_dot.h"
 
-#include "native.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
+#include "native_planes.h"
+#include "native_vectors.h"
 
 namespace {
-
-#if defined(__AVX512BW__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-constexpr int kLanes = kBytes / 4;
-
-typedef uint16_t VU16 __attribute__((vector_size(kBytes)));
-typedef int16_t VI16 __attribute__((vector_size(kBytes)));
-typedef int8_t VI8 __attribute__((vector_size(kBytes / 2)));
-typedef int32_t VI32 __attribute__((vector_size(kBytes)));
-typedef uint32_t VU32 __attribute__((vector_size(kBytes)));
-typedef float VF __attribute__((vector_size(kBytes)));
-
-// sum[j] + the products of neighbouring pairs; only totals over a group are used, so pairs may fall on other lanes
-inline VI32 madd(VI32 sum, VI16 a, VI16 b) {
-#if defined(__AVX512VNNI__)
-  return (VI32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-  return sum + (VI32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return sum + (VI32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return sum + (VI32)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#elif defined(__ARM_NEON)
-  const int32x4_t low = vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-  return (VI32)vmlal_s16(low, vget_high_s16((int16x8_t)a), vget_high_s16((int16x8_t)b));
-#else
-  for (int j = 0; j < kLanes; ++j) sum[j] += int32_t(a[2 * j]) * b[2 * j] + int32_t(a[2 * j + 1]) * b[2 * j + 1];
-  return sum;
-#endif
-}
-
-inline VF to_float(VI32 v) { return __builtin_convertvector(v, VF); }
-
-// the first `bytes` bytes at p, then zeros
-template <typename V> inline V load_part(const void* p, int64_t bytes) {
-#if defined(__AVX512BW__)
-  return (V)_mm512_maskz_loadu_epi8((__mmask64)((1ull << bytes) - 1), p);
-#else
-  V v = {};
-  std::memcpy(&v, p, static_cast<size_t>(bytes));
-  return v;
-#endif
-}
-
-// Told what comes next, the processor reads while it computes. With many terms the arithmetic takes longer anyway.
-template <int TOKENS> inline void ahead(const void* p) {
-  if (TOKENS < 4) __builtin_prefetch(static_cast<const uint8_t*>(p) + 2048);
-}
 
 // the factors of a block of 2 * kBytes int4 columns, spread over the lanes that hold each group's sum
 template <int GROUP> inline VF spread(const float* factor, int64_t block) {
@@ -82,13 +24,6 @@ template <int GROUP> inline VF spread(const float* factor, int64_t block) {
 #endif
 }
 
-inline float total(VF v) {
-  // halves are added, so the order does not depend on the compiler
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) v[j] += v[j + width];
-  return v[0];
-}
-
 // A prepared term: int16 [blocks][kBytes * 2], int32 [blocks][kLanes] of -8 times sums, float [groups] of powers of two
 inline int64_t blocks_of(int64_t columns) { return (columns + 2 * kBytes - 1) / (2 * kBytes); }
 inline int64_t offset_at(int64_t columns) { return blocks_of(columns) * 4 * kBytes; }
@@ -99,32 +34,6 @@ void clear(int64_t columns, int64_t, uint8_t* term) {
   // the columns of the last block that a row does not have
   std::memset(term + offset_at(columns) - 4 * kBytes, 0, 4 * kBytes);
   std::memset(term + factor_at(columns) - kBytes, 0, kBytes);
-}
-
-// x / factor rounded to integers of at most 15 bits; returns the factor, a power of two (NaN if x has no finite largest)
-inline float integers(const float* x, int64_t group, int32_t* whole, float* residual) {
-  uint32_t top = 0;
-  for (int64_t i = 0; i < group; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    bits &= 0x7fffffffu;
-    top = bits > top ? bits : top;
-  }
-  uint32_t exponent = top >> 23;
-  const bool finite = exponent < 255;
-  exponent = exponent < 30 ? 30 : (exponent > 254 ? 254 : exponent);
-  const uint32_t down = (exponent - 14) << 23, up = (254 + 14 - exponent) << 23;
-  float factor, inverse;
-  std::memcpy(&factor, &down, 4);
-  std::memcpy(&inverse, &up, 4);
-  for (int64_t i = 0; i < group; ++i) {
-    float v = (x[i] * inverse + 12582912.0f) - 12582912.0f;
-    v = v > 32767.0f ? 32767.0f : v;
-    v = finite ? v : 0.0f;
-    whole[i] = static_cast<int32_t>(v);
-    if (residual != nullptr) residual[i] = x[i] - v * factor;
-  }
-  return finite ? factor : __builtin_nanf("");
 }
 
 void prepare4(const float* x, int64_t start, int64_t columns, int64_t group, uint8_t* term, float* residual) {
@@ -261,6 +170,25 @@ void dot4(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t co
     over_terms<Row4, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
 }
 
+template <int GROUP, int TOKENS> using Row2 = RowPlanes<2, GROUP, TOKENS>;
+template <int GROUP, int TOKENS> using Row3 = RowPlanes<3, GROUP, TOKENS>;
+
+void dot2(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
+          const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
+  if (group == 64)
+    over_terms<Row2, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+  else
+    over_terms<Row2, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+}
+
+void dot3(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
+          const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
+  if (group == 64)
+    over_terms<Row3, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+  else
+    over_terms<Row3, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+}
+
 void dot8(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t,
           const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
   over_terms<Row8, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
@@ -340,5 +268,15 @@ void activate(const float* gate_up, const float* bias, int64_t width, float limi
 #define TABLE(name) JOINED(dot_kernels_, name)
 
 // ISA: given on the command line
-extern "C" const DotKernels TABLE(ISA) = {TEXT(ISA), kBytes, size,      prepare4,  prepare8, clear,
-                                          dot4,      dot8,   size16,    prepare16, dot16,    activate};
+extern "C" const DotKernels TABLE(ISA) = {
+    TEXT(ISA),
+    kBytes,
+    {planes_size, prepare_planes<2>, planes_clear, dot2},
+    {planes_size, prepare_planes<3>, planes_clear, dot3},
+    {size, prepare4, clear, dot4},
+    {size, prepare8, clear, dot8},
+    size16,
+    prepare16,
+    dot16,
+    activate,
+};

@@ -7,20 +7,23 @@
 #pragma once
 #include <cstdint>
 
-struct DotKernels {
-  const char* name;
-  int64_t block;  // bytes of a vector
+// Rows of integer codes with a scale for every group.
+struct Rows {
   // bytes of one prepared term of `columns` activations
   int64_t (*size)(int64_t columns, int64_t group);
   // one group of activations at column `start` into a prepared term; residual: what is left of x, or null
-  void (*prepare4)(const float* x, int64_t start, int64_t columns, int64_t group, uint8_t* term, float* residual);
-  void (*prepare8)(const float* x, int64_t start, int64_t columns, int64_t group, uint8_t* term, float* residual);
+  void (*prepare)(const float* x, int64_t start, int64_t columns, int64_t group, uint8_t* term, float* residual);
   void (*clear)(int64_t columns, int64_t group, uint8_t* term);  // what `prepare` never writes: the padding
-  // out[t * stride + r] for int4 rows (bfloat16 scales, group 32 or 64) and int8 rows (float16 scales, group 32)
-  void (*dot4)(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
-               const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride);
-  void (*dot8)(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
-               const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride);
+  // out[t * stride + r]
+  void (*dot)(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
+              const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride);
+};
+
+struct DotKernels {
+  const char* name;
+  int64_t block;  // bytes of a vector
+  Rows int2, int3, int4;  // bfloat16 scales, group 32 or 64; 2 and 3 bits in planes
+  Rows int8;              // float16 scales, group 32
   // bfloat16 rows times float32 activations, exact products with float32 sums
   int64_t (*size16)(int64_t columns);
   void (*prepare16)(const float* x, int64_t columns, float* term);
@@ -32,5 +35,5 @@ struct DotKernels {
 
 constexpr int64_t kTokens = 4;  // at most so many terms share a pass over the weights
 
-// floats of scratch that dot4 and dot8 want
-inline int64_t scratch_floats(int64_t columns, int64_t group) { return kTokens * (columns / group + 16); }
+// floats of scratch that `dot` wants
+inline int64_t scratch_floats(int64_t columns) { return kTokens * (columns / 32 + 16); }

@@ -154,16 +154,13 @@ inline Floats floats(int64_t count) { return Floats(new float[static_cast<size_t
 
 // --- rows of activations as `terms` terms each: one where x has 16 bits, two for float32
 
-typedef void (*Prepare)(const float*, int64_t, int64_t, int64_t, uint8_t*, float*);
-
 struct Terms {
-  const DotKernels& k;
-  Prepare prepare;
+  const Rows& k;
   int64_t columns, group, terms, bytes;
   std::unique_ptr<uint8_t[]> memory;
 
-  Terms(const DotKernels& kernel, Prepare prepare_, int64_t rows, int64_t columns_, int64_t group_, int64_t terms_)
-      : k(kernel), prepare(prepare_), columns(columns_), group(group_), terms(terms_), bytes(k.size(columns_, group_)),
+  Terms(const Rows& kernel, int64_t rows, int64_t columns_, int64_t group_, int64_t terms_)
+      : k(kernel), columns(columns_), group(group_), terms(terms_), bytes(k.size(columns_, group_)),
         memory(new uint8_t[static_cast<size_t>(rows * terms_ * bytes + 64)]) {
     for (int64_t i = 0; i < rows * terms; ++i) k.clear(columns, group, at(i));
   }
@@ -173,8 +170,8 @@ struct Terms {
   }
   void put(int64_t row, int64_t start, const float* x) const {
     float residual[64], rest[64];
-    prepare(x, start, columns, group, at(row * terms), terms > 1 ? residual : nullptr);
-    if (terms > 1) prepare(residual, start, columns, group, at(row * terms + 1), rest);
+    k.prepare(x, start, columns, group, at(row * terms), terms > 1 ? residual : nullptr);
+    if (terms > 1) k.prepare(residual, start, columns, group, at(row * terms + 1), rest);
   }
 };
 
@@ -192,11 +189,13 @@ struct Experts {
   const uint8_t* const* base;  // storages
   const int64_t* place;   // [6, E, 2]: number of the storage and byte offset of w13 packed, scale, bias, w2 packed, ...
   void* out;              // [T, D]
-  int64_t T, K, D, F, E, group, x_type, bias_type, terms, threads, isa;
+  int64_t T, K, D, F, E, group, bits13, bits2, x_type, bias_type, terms, threads, isa;
   float limit, alpha;
 };
 
 namespace {
+
+inline const Rows& rows_of(const DotKernels& k, int64_t bits) { return bits == 2 ? k.int2 : bits == 3 ? k.int3 : k.int4; }
 
 enum Part { kW13, kScale13, kBias13, kW2, kScale2, kBias2 };
 
@@ -226,16 +225,16 @@ struct Routing {
 void gate_up_piece(const Experts& a, const DotKernels& k, const Routing& r, const Terms& x, const Terms& act,
                    int64_t expert, int64_t piece) {
   const int64_t g = a.group, rows = 2 * g, terms = a.terms;
-  const uint8_t* weight = stored(a, kW13, expert) + piece * rows * (a.D / 2);
+  const uint8_t* weight = stored(a, kW13, expert) + piece * rows * (a.D / 8 * a.bits13);
   const uint16_t* scale = reinterpret_cast<const uint16_t*>(stored(a, kScale13, expert)) + piece * rows * (a.D / g);
   float bias[128], activated[64];
   read(stored(a, kBias13, expert), a.bias_type, piece * rows, rows, bias);
-  const Floats h = floats(kSome * rows), scratch = floats(scratch_floats(a.D, g));
+  const Floats h = floats(kSome * rows), scratch = floats(scratch_floats(a.D));
   for (int64_t at = r.start[expert]; at < r.start[expert + 1]; at += kSome / terms) {
     const uint8_t* of[kSome];
     const int64_t left = r.start[expert + 1] - at, some = left < kSome / terms ? left : kSome / terms;
     for (int64_t i = 0; i < some * terms; ++i) of[i] = x.at(r.pair[at + i / terms] / a.K * terms + i % terms);
-    k.dot4(weight, scale, rows, a.D, g, of, some * terms, scratch.get(), h.get(), rows);
+    x.k.dot(weight, scale, rows, a.D, g, of, some * terms, scratch.get(), h.get(), rows);
     for (int64_t i = 0; i < some; ++i) {
       float* sum = h.get() + i * terms * rows;
       if (terms > 1)
@@ -247,21 +246,20 @@ void gate_up_piece(const Experts& a, const DotKernels& k, const Routing& r, cons
 }
 
 // some columns of the output, over all experts
-void down_piece(const Experts& a, const DotKernels& k, const Routing& r, const Terms& act, int64_t first, int64_t tokens,
-                int64_t piece) {
+void down_piece(const Experts& a, const Routing& r, const Terms& act, int64_t first, int64_t tokens, int64_t piece) {
   const int64_t start = piece * kOutRows, rows = a.D - start < kOutRows ? a.D - start : kOutRows, terms = a.terms;
-  const Floats sum = floats(tokens * rows), y = floats(kSome * rows), scratch = floats(scratch_floats(a.F, a.group));
+  const Floats sum = floats(tokens * rows), y = floats(kSome * rows), scratch = floats(scratch_floats(a.F));
   std::memset(sum.get(), 0, static_cast<size_t>(tokens * rows) * 4);
   float bias[kOutRows];
   for (const int64_t expert : r.hit) {
-    const uint8_t* weight = stored(a, kW2, expert) + start * (a.F / 2);
+    const uint8_t* weight = stored(a, kW2, expert) + start * (a.F / 8 * a.bits2);
     const uint16_t* scale = reinterpret_cast<const uint16_t*>(stored(a, kScale2, expert)) + start * (a.F / a.group);
     read(stored(a, kBias2, expert), a.bias_type, start, rows, bias);
     for (int64_t at = r.start[expert]; at < r.start[expert + 1]; at += kSome / terms) {
       const uint8_t* of[kSome];
       const int64_t left = r.start[expert + 1] - at, some = left < kSome / terms ? left : kSome / terms;
       for (int64_t i = 0; i < some * terms; ++i) of[i] = act.at(at * terms + i);
-      k.dot4(weight, scale, rows, a.F, a.group, of, some * terms, scratch.get(), y.get(), rows);
+      act.k.dot(weight, scale, rows, a.F, a.group, of, some * terms, scratch.get(), y.get(), rows);
       for (int64_t i = 0; i < some; ++i) {
         const int64_t pair = r.pair[at + i];
         const float* from = y.get() + i * terms * rows;
@@ -280,8 +278,8 @@ void down_piece(const Experts& a, const DotKernels& k, const Routing& r, const T
 EXPORT int64_t dot_kernel_count() { return static_cast<int64_t>(kernels().size()); }
 EXPORT const char* dot_kernel_name(int64_t isa) { return chosen(isa).name; }
 
-// kernels.experts.experts_torch for group sizes 32 and 64; 0, or 1 for an expert's number that is out of range
-EXPORT int64_t experts_int4(const Experts* arguments) {
+// kernels.experts.experts_torch for codes of 2, 3 and 4 bits in groups of 32 and 64; 0, or 1 for an expert's number that is out of range
+EXPORT int64_t experts_packed(const Experts* arguments) {
   const Experts& a = *arguments;
   for (int64_t p = 0; p < a.T * a.K; ++p)
     if (a.index[p] < 0 || a.index[p] >= a.E) return 1;
@@ -289,7 +287,8 @@ EXPORT int64_t experts_int4(const Experts* arguments) {
   for (int64_t first = 0; first < a.T; first += kChunk) {
     const int64_t tokens = a.T - first < kChunk ? a.T - first : kChunk;
     const Routing routing(a, first, tokens);
-    const Terms x(k, k.prepare4, tokens, a.D, a.group, a.terms), act(k, k.prepare4, tokens * a.K, a.F, a.group, a.terms);
+    const Terms x(rows_of(k, a.bits13), tokens, a.D, a.group, a.terms);
+    const Terms act(rows_of(k, a.bits2), tokens * a.K, a.F, a.group, a.terms);
     parallel(tokens, tokens < 8 ? 1 : a.threads, [&](int64_t t) {
       float group[64];
       for (int64_t start = 0; start < a.D; start += a.group) {
@@ -302,7 +301,7 @@ EXPORT int64_t experts_int4(const Experts* arguments) {
       gate_up_piece(a, k, routing, x, act, routing.hit[static_cast<size_t>(i / pieces)], i % pieces);
     });
     parallel((a.D + kOutRows - 1) / kOutRows, a.threads,
-             [&](int64_t piece) { down_piece(a, k, routing, act, first, tokens, piece); });
+             [&](int64_t piece) { down_piece(a, routing, act, first, tokens, piece); });
   }
   return 0;
 }
@@ -343,7 +342,7 @@ template <typename DOT> void linear(const Linear& a, int64_t scratch_size, const
 EXPORT void linear_int8(const Linear* arguments) {
   const Linear& a = *arguments;
   const DotKernels& k = chosen(a.isa);
-  const Terms x(k, k.prepare8, a.n, a.C, 32, a.terms);
+  const Terms x(k.int8, a.n, a.C, 32, a.terms);
   parallel(a.n, a.n < 8 ? 1 : a.threads, [&](int64_t t) {
     float group[32];
     for (int64_t start = 0; start < a.C; start += 32) {
@@ -353,8 +352,8 @@ EXPORT void linear_int8(const Linear* arguments) {
   });
   std::vector<const uint8_t*> terms;
   for (int64_t i = 0; i < a.n * a.terms; ++i) terms.push_back(x.at(i));
-  linear(a, scratch_floats(a.C, 32), [&](int64_t start, int64_t rows, int64_t at, int64_t count, float* scratch, float* y) {
-    k.dot8(a.weight + start * a.C, a.scale + start * (a.C / 32), rows, a.C, 32, terms.data() + at, count, scratch, y, rows);
+  linear(a, scratch_floats(a.C), [&](int64_t start, int64_t rows, int64_t at, int64_t count, float* scratch, float* y) {
+    k.int8.dot(a.weight + start * a.C, a.scale + start * (a.C / 32), rows, a.C, 32, terms.data() + at, count, scratch, y, rows);
   });
 }
 

@@ -19,8 +19,8 @@ GROUPS = (32, 64)
 class _Experts(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "index", "prob", "base", "place", "out")),
-        *((name, ctypes.c_int64) for name in ("T", "K", "D", "F", "E", "group", "x_type", "bias_type")),
-        *((name, ctypes.c_int64) for name in ("terms", "threads", "isa")),
+        *((name, ctypes.c_int64) for name in ("T", "K", "D", "F", "E", "group", "bits13", "bits2")),
+        *((name, ctypes.c_int64) for name in ("x_type", "bias_type", "terms", "threads", "isa")),
         *((name, ctypes.c_float) for name in ("limit", "alpha")),
     ]
 
@@ -78,16 +78,17 @@ def experts(  # noqa: PLR0913 - the operator's own arguments
     prob_TK: torch.Tensor,
     storages: Sequence[torch.Tensor],
     place_6E2: torch.Tensor,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int, int, int],
     bias_dtype: torch.dtype,
     limit: float,
     alpha: float,
     isa: str = "",
 ) -> torch.Tensor:
-    """Return kernels.experts.experts_torch [T, D] for packed int4 experts that lie anywhere in memory.
+    """Return kernels.experts.experts_torch [T, D] for packed experts that lie anywhere in memory.
 
     `place_6E2` says where: storage number and byte offset of w13 packed, scale, bias and w2 packed, scale, bias of
-    every expert. `sizes`: (intermediate size, group size). Packed words are little-endian int32, scales bfloat16.
+    every expert. `sizes`: (intermediate size, group size, bits of a code in w13, in w2). Packed words are
+    little-endian int32, scales bfloat16.
     """
     T, D = x_TD.shape
     x_TD, index_TK = x_TD.contiguous(), index_TK.to(torch.int64).contiguous()
@@ -96,10 +97,10 @@ def experts(  # noqa: PLR0913 - the operator's own arguments
     E = place_6E2.shape[1]
     arguments = _Experts(
         x_TD.data_ptr(), index_TK.data_ptr(), prob_TK.data_ptr(), ctypes.addressof(base), place_6E2.data_ptr(),
-        out_TD.data_ptr(), T, index_TK.shape[1], D, *(sizes[0], E, sizes[1]), TYPES[x_TD.dtype], TYPES[bias_dtype],
+        out_TD.data_ptr(), T, index_TK.shape[1], D, *(sizes[0], E, *sizes[1:]), TYPES[x_TD.dtype], TYPES[bias_dtype],
         _terms(x_TD.dtype), torch.get_num_threads(), _isa(isa), limit, alpha,
     )  # fmt: skip
-    if _function("experts_int4")(ctypes.byref(arguments)):
+    if _function("experts_packed")(ctypes.byref(arguments)):
         found = f"{int(index_TK.min())}..{int(index_TK.max())}"
         raise ValueError(f"experts: expert numbers {found} are not all in 0..{E - 1}")
     return out_TD

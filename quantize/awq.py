@@ -22,7 +22,7 @@ from gptoss_quantize.calibration.capture import Sample
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.experts import gated
-from gptoss_quantize.kernels.grids import INT4
+from gptoss_quantize.kernels.grids import INT4, Grid
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize.scales import signed_scale
 from gptoss_quantize.source import Expert
@@ -75,14 +75,16 @@ def fold_down(expert: Expert, wanted_F: torch.Tensor) -> tuple[Expert, torch.Ten
     return Expert(gate_up, gate_up_bias, expert.down * exact.to(expert.down.dtype), expert.down_bias), exact
 
 
-def nearest(weight_NK: torch.Tensor, fold_K: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+def nearest(
+    weight_NK: torch.Tensor, fold_K: torch.Tensor, group_size: int, dtype: torch.dtype, grid: Grid = INT4
+) -> torch.Tensor:
     """Return weight * fold after plain signed rounding, over fold: the cheap stand-in used while searching."""
     if dtype == torch.bfloat16 and weight_NK.device.type == "cpu" and native.available():
-        return native.round_signed(weight_NK.float().contiguous(), fold_K.float().contiguous(), group_size, INT4)
+        return native.round_signed(weight_NK.float().contiguous(), fold_K.float().contiguous(), group_size, grid)
     folded = weight_NK * fold_K
-    step = signed_scale(folded, group_size).unsqueeze(-1)
+    step = signed_scale(folded, group_size, grid).unsqueeze(-1)
     grouped = folded.unflatten(-1, (-1, group_size))
-    codes = INT4.nearest(grouped / step)
+    codes = grid.nearest(grouped / step)
     return (codes.mul_(step).flatten(-2) / fold_K).to(dtype)
 
 
@@ -93,7 +95,7 @@ def input_candidates(magnitude_D: torch.Tensor, alphas: tuple[float, ...] = ALPH
     return powers / (powers.amax(1) * powers.amin(1)).sqrt()[:, None]
 
 
-def search_input(
+def search_input(  # noqa: PLR0913 - what is searched on, and over which ranks
     samples: list[Sample],
     experts: Iterator[Expert],
     magnitude_D: torch.Tensor,
@@ -102,6 +104,7 @@ def search_input(
     group_size: int,
     strength: float = 1.0,
     gather: Callable[[Any], list[Any]] = lambda value: [value],
+    grid: Grid = INT4,
 ) -> InputFold:
     """Return the layer's gate_up fold with the least routed, probability-weighted output error on the samples.
 
@@ -122,7 +125,7 @@ def search_input(
         down = expert.down.to(dtype)
         wanted = functional.linear(_act(sample.x, expert.gate_up.to(dtype), expert, config), down)
         for a, (scale, _, _) in enumerate(folds):
-            rounded = nearest(expert.gate_up, scale, group_size, dtype)
+            rounded = nearest(expert.gate_up, scale, group_size, dtype, grid)
             got = functional.linear(_act(sample.x, rounded, expert, config), down)
             loss_EA[e, a] = float(((got - wanted).float().square().sum(1) * sample.weight).sum())
     loss_A = torch.cat(gather(loss_EA)).sum(0)
@@ -149,6 +152,7 @@ def search_down(
     group_size: int,
     clamped_F: torch.Tensor,
     strength: float = 1.0,
+    grid: Grid = INT4,
 ) -> tuple[Expert, torch.Tensor, float, float]:
     """Return (folded expert, t [F], beta, gain) with the least down_proj output error on the samples.
 
@@ -171,7 +175,7 @@ def search_down(
         t = (t / t.amin(1, keepdim=True)).flatten().clamp(1.0, MAX_FOLD)
         t = torch.where(clamped_F, 1.0, t)
         exact, _ = exact_down(expert, t)
-        rounded = nearest(expert.down, exact, group_size, dtype)
+        rounded = nearest(expert.down, exact, group_size, dtype, grid)
         error = (functional.linear(act, rounded).float() - wanted).square().sum(1)
         losses.append(float((error * sample.weight).sum()))
         tries.append(t)

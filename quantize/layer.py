@@ -14,6 +14,7 @@ from gptoss_quantize.calibration.capture import Routed
 from gptoss_quantize.calibration.moments import Moments, MomentSums
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels.experts import gated
+from gptoss_quantize.kernels.grids import Grid
 from gptoss_quantize.layouts import Layout
 from gptoss_quantize.machine import Clock
 from gptoss_quantize.model import expert_act
@@ -33,6 +34,13 @@ class Target:
     layout: Layout
     group_size: int
 
+    @property
+    def grid(self) -> Grid:
+        """Return what codes and scales may be."""
+        if self.layout.grid is None:
+            raise ValueError(f"{self.layout.name} has no codes to solve for")
+        return self.layout.grid
+
     def solve(
         self,
         weight_ENK: torch.Tensor,
@@ -41,9 +49,7 @@ class Target:
         products: torch.dtype | None = None,
     ) -> Solution:
         """Return the quantized projection of E experts; see `quantize.solve`."""
-        if self.layout.grid is None:
-            raise ValueError(f"{self.layout.name} has no codes to solve for")
-        return solve(weight_ENK, bias_EN, stats, self.recipe, self.group_size, self.layout.grid, products)
+        return solve(weight_ENK, bias_EN, stats, self.recipe, self.group_size, self.grid, products)
 
     def store(
         self, tensors: dict[str, torch.Tensor], place: tuple[int, int], pair: tuple[Solution, Solution], at: int
@@ -148,6 +154,7 @@ def calibrated_layer(
                 target.group_size,
                 target.recipe.awq_strength,
                 routed.gather,
+                target.grid,
             )
         result.report["awq"] = {"alpha": fold.alpha, "gain": fold.gain}
         if fold.alpha:
@@ -228,9 +235,8 @@ def _fold_down(layer: _Layer, e: int, original: Expert) -> tuple[Expert, torch.T
         up = functional.linear(block.x, weight, bias)
         # 2 % below the limit, so that rounding of the folded weights does not reach it either
         clamped |= (up.float().abs() >= 0.98 * layer.config.swiglu_limit).any(0)
-    folded, t, beta, gain = awq.search_down(
-        layer.routed.sample(e), original, layer.config, layer.target.group_size, clamped, layer.recipe.awq_strength
-    )
+    settings = layer.config, layer.target.group_size, clamped, layer.recipe.awq_strength, layer.target.grid
+    folded, t, beta, gain = awq.search_down(layer.routed.sample(e), original, *settings)
     return folded, t, {"beta": beta, "gain": gain, "clamped": int(clamped.sum())}
 
 

@@ -36,6 +36,7 @@ from gptoss_quantize.files import (
     write_json,
     writing,
 )
+from gptoss_quantize.model_card import write_card
 from gptoss_quantize.shards import ShardFile
 from gptoss_quantize.tokenizer_files import SideFiles
 
@@ -267,6 +268,7 @@ class Output:
         write_json(self.partial / self.index_name, {"metadata": total, "weight_map": weight_map})
         write_json(self.partial / "config.json", config)
         write_json(self.partial / REPORT_NAME, report)
+        write_card(self.partial)
         # the state goes last; a run that is interrupted even later is resumed from the report
         for leftover in ("hidden-0.bin", "hidden-1.bin", POLISHED_NAME, "state.json"):
             (self.partial / leftover).unlink(missing_ok=True)

@@ -9,15 +9,16 @@ Shapes: n tokens of the expert, D hidden, F intermediate, R = 2F rows, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.kernels import int4, mxfp4, native
+from gptoss_quantize.kernels import mxfp4, native, planes
 from gptoss_quantize.kernels.experts import activated, swiglu_slope
-from gptoss_quantize.layouts import INT4, MXFP4
+from gptoss_quantize.layouts import LAYOUTS, MXFP4
 
 
 @dataclass(slots=True)
@@ -28,18 +29,18 @@ class Matrix:
     scale_gradient: Callable[[torch.Tensor], torch.Tensor] | None  # gradient of the weights -> of the scales
 
 
-def int4_matrix(packed_RW: torch.Tensor, groups: int, dtype: torch.dtype) -> Matrix:
-    """Return a matrix of int4 codes, whose scales are free."""
+def integer_matrix(packed_RW: torch.Tensor, groups: int, bits: int, dtype: torch.dtype) -> Matrix:
+    """Return a matrix of 2, 3 or 4-bit codes, whose scales are free."""
 
     def weight(scale_RG: torch.Tensor | None) -> torch.Tensor:
         assert scale_RG is not None
         # exact: stored scales are bfloat16 values
-        return int4.weights(packed_RW, scale_RG.to(dtype), dtype)
+        return planes.weights(packed_RW, scale_RG.to(dtype), bits, dtype)
 
     def scale_gradient(slope_RC: torch.Tensor) -> torch.Tensor:
-        if native.takes(slope_RC, torch.bfloat16):
+        if bits == 4 and native.takes(slope_RC, torch.bfloat16):
             return native.scale_gradient(packed_RW, slope_RC, groups)
-        product = int4.unpack(packed_RW).to(slope_RC.dtype).mul_(slope_RC)
+        product = planes.unpack(packed_RW, bits).to(slope_RC.dtype).mul_(slope_RC)
         return product.unflatten(-1, (groups, -1)).sum(-1, dtype=torch.float32)
 
     return Matrix(weight, scale_gradient)
@@ -50,10 +51,14 @@ def mxfp4_matrix(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
     return Matrix(lambda _: mxfp4.decode(blocks, scales, dtype), None)
 
 
+def _packed_matrix(bits: int, packed_RW: torch.Tensor, scale_RG: torch.Tensor, dtype: torch.dtype) -> Matrix:
+    return integer_matrix(packed_RW, scale_RG.shape[1], bits, dtype)
+
+
 # layout -> (stored tensors by the order of its suffixes, compute dtype) -> matrix
 MATRICES: dict[str, Callable[..., Matrix]] = {
-    INT4.name: lambda packed, scale, dtype: int4_matrix(packed, scale.shape[1], dtype),
     MXFP4.name: mxfp4_matrix,
+    **{name: partial(_packed_matrix, layout.bits) for name, layout in LAYOUTS.items() if layout.packed},
 }
 
 

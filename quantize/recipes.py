@@ -94,10 +94,24 @@ class Facts:
 
 FORMATS = {
     "int4": Facts((64, 32), ("absmax", "signed", "search"), True, ("source", "int8")),
+    "int3": Facts((64, 32), ("absmax", "signed", "search"), True, ("source", "int8")),
+    "int2": Facts((64, 32), ("absmax", "signed", "search"), True, ("source", "int8")),
     "mxfp4": Facts((32,), ("absmax", "ceil", "search"), False, ("source",)),
     # MXFP4 needs no recipe where it is exact, and int4 is written where it is not
     "auto": Facts((64, 32), ("absmax", "signed", "search"), True, ("source",)),
 }
+
+
+def format_of(bits: float | None, target: str) -> str:
+    """Return the format that `bits` per code stand for, `target` without them; InputError where they do not fit."""
+    if bits is None:
+        return target
+    name = f"int{bits:g}"
+    if name not in FORMATS:
+        raise InputError(f"--bits {bits:g}: expected 4, 3 or 2")
+    if target not in ("int4", name):
+        raise InputError(f"--bits {bits:g} and --format {target} do not go together; leave one of them out")
+    return name
 
 
 def check_recipe(method: str, recipe: Recipe, target: str) -> None:
@@ -110,4 +124,6 @@ def check_recipe(method: str, recipe: Recipe, target: str) -> None:
         raise InputError(f"format {target} has no scale rule {recipe.scale!r}, which --method {method} "
                          f"{'was given' if given else 'stands for'}; {remedy}")  # fmt: skip
     if recipe.awq and not FORMATS[target].awq:
-        raise InputError(f"AWQ searches its folds for int4 codes; for --format {target} use --method gptq or rtn")
+        raise InputError(
+            f"AWQ searches its folds for whole-number codes; for --format {target} use --method gptq or rtn"
+        )

@@ -120,7 +120,7 @@ def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_pr
                 "gptoss-quantize quantize --format mxfp4 (--method rtn, where they are MXFP4 values already)"
             )
         raise InputError(
-            f"{checkpoint.path}: its experts are {checkpoint.layout.name}; int4 codes with free scales have no "
+            f"{checkpoint.path}: its experts are {checkpoint.layout.name}; codes with free scales have no "
             "MXFP4 form without a second rounding. Quantize the original to MXFP4 instead, or use --to bf16"
         )
     outer, layers = dense_shards(checkpoint)

@@ -9,6 +9,7 @@ import torch
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.files import Progress, no_progress, staged, write_json
+from gptoss_quantize.model_card import base_of, write_card
 from gptoss_quantize.runtimes import readback
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.export_hf import write_float, write_mxfp4
@@ -54,6 +55,7 @@ def export_checkpoint(
             "read_back": found,
         }
         write_json(folder / REPORT_NAME, report)
+        write_card(folder, base_of(checkpoint.path))
     return report
 
 

@@ -26,6 +26,7 @@ from gptoss_quantize.files import Progress, no_progress, staged, write_json
 from gptoss_quantize.kernels import ggml
 from gptoss_quantize.layouts import INT4, expert_shapes, quantization_config
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.model_card import write_card
 from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
@@ -121,6 +122,7 @@ def import_checkpoint(
             **facts,
         }
         write_json(folder / REPORT_NAME, report)
+        write_card(folder)
         if to == "int4":
             _check(source, Checkpoint(folder))
     return report

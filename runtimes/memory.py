@@ -27,24 +27,34 @@ class Runtime:
     overhead: int  # bytes, an estimate
     utilization: float  # share of the card that it may take
     dense: tuple[str, ...]  # forms of the other tensors that it loads
+    in_ram: tuple[str, ...]  # parts that never go to the card
+    offloads: bool  # whether the experts of some layers may stay in RAM, and be computed there
 
 
 RUNTIMES = {
-    # vLLM 0.33: humming pads rows to 256 and columns to 128; SlidingWindowSpec.max_memory_usage_bytes
+    # vLLM 0.33 with our plugin: humming pads rows to 256 and columns to 128; SlidingWindowSpec.max_memory_usage_bytes
     "vLLM": Runtime(
         pad_rows=256, pad_columns=128, group_size=None, cache_block=16, batch=2048 - 1, extra_blocks=1,
-        overhead=GIB, utilization=0.95, dense=("source",),
+        overhead=GIB, utilization=0.95, dense=("source", "int8"), in_ram=(), offloads=False,
     ),
-    # llama.cpp: Q4_0 has groups of 32; llama_kv_cache_iswa pads to 256 cells, one micro-batch of 512
+    # llama.cpp: Q4_0 has groups of 32; llama_kv_cache_iswa pads to 256 cells, one micro-batch of 512, whose logits of
+    # 201,088 float32 are 0.38 GiB of the overhead; llama-model.cpp keeps the input layer on the CPU (`dev_input`);
+    # --n-cpu-moe N keeps ffn_*_exps of the first N layers there, biases too (LLM_FFN_EXPS_REGEX in common.h)
     "llama.cpp": Runtime(
         pad_rows=1, pad_columns=1, group_size=32, cache_block=256, batch=512, extra_blocks=0,
-        overhead=GIB // 2, utilization=0.97, dense=("source", "int8"),
+        overhead=GIB, utilization=0.97, dense=("source", "int8"), in_ram=("embedding",), offloads=True,
     ),
 }  # fmt: skip
 
 
 def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def weights_on_card(config: ModelConfig, dense: str, dense_dtype: Callable[[str], str], runtime: Runtime) -> int:
+    """Return the bytes of everything outside the experts that a runtime puts on the card."""
+    # a tied embedding is the output head as well
+    return dense_total(config, dense, dense_dtype, () if config.tied else runtime.in_ram)
 
 
 def kv_bytes(config: ModelConfig, context: int, runtime: Runtime, value_bytes: int = 2) -> dict[str, int]:
@@ -89,6 +99,18 @@ def longest_context(config: ModelConfig, group_size: int, dense_bytes: int, room
     return min(low * runtime.cache_block, config.max_positions)
 
 
+def offload(config: ModelConfig, group_size: int, total: int, room: int, runtime: Runtime) -> dict[str, int] | None:
+    """Return for how many layers the experts must stay in RAM so that the rest fits the card, and their bytes.
+
+    {"layers": 0, "bytes": 0} where everything fits; None where a runtime cannot do it, or it is not enough.
+    """
+    layer = expert_bytes(config, runtime.group_size or group_size) // config.layers
+    layers = max(0, -(-(total - room) // layer))
+    if layers > (config.layers if runtime.offloads else 0):
+        return None
+    return {"layers": layers, "bytes": layers * layer}
+
+
 def fits(
     config: ModelConfig,
     group_size: int,
@@ -100,17 +122,19 @@ def fits(
     """Return a verdict per runtime and context: what it takes, whether it fits, and what to change if it does not.
 
     A runtime that does not load the form of `dense` is given for the form that it does load, with loads = False.
+    `offload` is what `offload` returns.
     """
     rows = []
     for name, runtime in RUNTIMES.items():
         room = int(gpu_memory * runtime.utilization)
         form = dense if dense in runtime.dense else "source"
-        weights = dense_total(config, form, dense_dtype)
+        weights = weights_on_card(config, form, dense_dtype, runtime)
         for context in contexts:
             parts = card(config, group_size, weights, context, runtime)
             row = {"runtime": name, "context": context, "dense": form, "parts": parts, "room": room}
             row["loads"] = dense in runtime.dense
             row["fits"] = parts["total"] <= room
+            row["offload"] = offload(config, group_size, parts["total"], room, runtime)
             row["changes"] = (
                 [] if row["fits"] else _changes(config, group_size, dense_dtype, context, runtime, form, room)
             )
@@ -128,9 +152,9 @@ def _changes(
     room: int,
 ) -> list[dict[str, Any]]:
     """Return what could be changed, each with the total that it leads to and whether that fits."""
-    now = dense_total(config, dense, dense_dtype)
+    now = weights_on_card(config, dense, dense_dtype, runtime)
     options: list[tuple[str, int]] = []
-    small = dense_total(config, "int8", dense_dtype)
+    small = weights_on_card(config, "int8", dense_dtype, runtime)
     if dense != "int8" and "int8" in runtime.dense:
         options.append(("--dense int8", card(config, group_size, small, context, runtime)["total"]))
     options.append(("8-bit KV cache", card(config, group_size, now, context, runtime, 1)["total"]))
@@ -140,34 +164,62 @@ def _changes(
     found = [{"change": text, "total": total, "fits": total <= room} for text, total in options]
     longest = longest_context(config, group_size, now, room, runtime)
     if longest:
-        found.append({"change": f"context of {longest} tokens", "total": room, "fits": True})
+        found.append({"change": f"context of {longest:,} tokens", "tokens": longest, "total": room, "fits": True})
     needed = card(config, group_size, now, context, runtime)["total"] / runtime.utilization
     found.append({"change": f"a card of {needed / GIB:.1f} GiB or more", "total": int(needed), "fits": True})
     return found
+
+
+def llamacpp_command(
+    gguf: str,
+    config: ModelConfig,
+    group_size: int,
+    dense: str,
+    gpu_memory: int,
+    contexts: tuple[int, ...],
+    dense_dtype: Callable[[str], str],
+) -> dict[str, Any]:
+    """Return the llama.cpp command line for an exported file, with the experts that do not fit the card left in RAM.
+
+    The longest context that fits whole where that is the shortest asked for, or longer; else the middle one of
+    those asked for, with `--n-cpu-moe`.
+    """
+    runtime = RUNTIMES["llama.cpp"]
+    weights, room = weights_on_card(config, dense, dense_dtype, runtime), int(gpu_memory * runtime.utilization)
+    longest = longest_context(config, group_size, weights, room, runtime)
+    asked = sorted(contexts)
+    context = min(asked[-1], longest) if longest >= asked[0] else asked[len(asked) // 2]
+    total = card(config, group_size, weights, context, runtime)["total"]
+    found = offload(config, group_size, total, room, runtime)
+    everything = dense_total(config, dense, dense_dtype) - weights + total
+    record: dict[str, Any] = {"context": context, "offload": found, "without_card": everything}
+    on_card = f" -ngl 99 --n-cpu-moe {found['layers']}" if found and found["layers"] else " -ngl 99"
+    return record | {"command": f"llama-server -m {gguf}/model.gguf -c {context}{on_card if found else ''}"}
 
 
 def serve_command(
     out: str,
     config: ModelConfig,
     group_size: int,
+    dense: str,
     gpu_memory: int,
     context: int,
     dense_dtype: Callable[[str], str],
 ) -> dict[str, str]:
     """Return the vLLM command line for the written checkpoint, and why it has the options that it has."""
     runtime = RUNTIMES["vLLM"]
-    weights = dense_total(config, "source", dense_dtype)
+    weights = dense_total(config, dense, dense_dtype)
     longest = longest_context(config, group_size, weights, int(gpu_memory * runtime.utilization), runtime)
     options = f"--max-model-len {min(context, longest)} --gpu-memory-utilization {runtime.utilization}"
+    without = "does not load the file" if dense == "int8" else "needs --moe-backend humming, or drops the biases"
     return {
-        "command": f"vllm serve {out} --moe-backend humming {options}"
+        "command": f"vllm serve {out} {options}"
         if longest
         else f"(no vLLM command: the weights do not fit {gpu_memory / GIB:.1f} GiB)",
-        "why": "humming is the backend that adds the experts' biases: the one chosen by default on most cards "
-        "(Triton) drops them without a word, and Marlin refuses a hidden size that is not a multiple of 128 "
-        "(read in vLLM 0.33, not run)",
+        "why": "where vLLM runs: pip install 'gptoss-quantize[vllm]', whose plugin adds the experts' biases, by "
+        f"humming or our Triton kernels (docs/vllm.md; on a card by source). vLLM without it {without}",
         "two_cards": "--tensor-parallel-size 2"
-        if group_size == 32
-        else "--enable-expert-parallel (halves of a row hold no whole groups of 64; --group-size 32 allows "
-        "--tensor-parallel-size 2)",
+        if config.intermediate // 2 % group_size == 0
+        else "--tensor-parallel-size 2 --enable-expert-parallel (halves of a row hold no whole groups of "
+        f"{group_size}; --group-size 32 needs no expert parallelism)",
     }

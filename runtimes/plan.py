@@ -1,19 +1,22 @@
 """What quantizing a model takes and gives, before it is run: bytes on disk, on the card, of memory, and the time."""
 
+import shlex
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from gptoss_quantize.architectures import SIZES, gptoss_config, sparsity
+from gptoss_quantize.architectures import gptoss_config, sparsity
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import AS_SOURCE, DENSE, INT4
 from gptoss_quantize.machine import compute_dtype
+from gptoss_quantize.published import HUB, published
 from gptoss_quantize.quantize.budget import memory_needs
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.mxfp4_values import look_at
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.runtimes.memory import fits, serve_command
+from gptoss_quantize.runtimes.memory import fits, llamacpp_command, serve_command
 from gptoss_quantize.sizes import dense_dtype_of, disk, shard_tensors
 from gptoss_quantize.units import GIB
 
@@ -22,7 +25,7 @@ CONTEXTS = (4096, 32768, 131072)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What a plan is asked for; `measure` spends some seconds on the expected time."""
+    """What a plan is asked for; without contexts, `CONTEXTS` as far as the model's go."""
 
     model: str
     method: str = "gptq"
@@ -31,8 +34,7 @@ class PlanRequest:
     tokens: int = 32768
     seq_len: int = 512
     gpu_memory: int = 16 * GIB
-    contexts: tuple[int, ...] = CONTEXTS
-    measure: bool = True
+    contexts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -45,25 +47,66 @@ class PlanRequest:
 
 
 def plan_record(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any]:
-    """Return the numbers of a plan; without a `source`, `wanted.model` is the name of a published shape."""
-    config = parse_config(gptoss_config(wanted.model), wanted.model) if source is None else source.config
+    """Return the numbers of a plan; without a `source`, `wanted.model` is the name of a published model."""
+    name = published(wanted.model) or wanted.model
+    config = parse_config(gptoss_config(name), name) if source is None else source.config
     if source is not None and source.dense_layout is not AS_SOURCE:
         wanted = replace(wanted, dense=source.dense_layout.name)
-    group_size, compute, dense_dtype = wanted.group_size, compute_dtype("cpu"), dense_dtype_of(source)
+    contexts = _contexts(wanted, config.max_positions)
+    wanted = replace(wanted, contexts=contexts)
+    group_size, dense_dtype = wanted.group_size, dense_dtype_of(source)
+    out = _out(name)
+    card = config, group_size, wanted.dense, wanted.gpu_memory, contexts, dense_dtype
     record: dict[str, Any] = {
         **asdict(wanted),
+        "model": name,
         **look_at(source),
         "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
-        "card": fits(config, group_size, wanted.dense, wanted.gpu_memory, wanted.contexts, dense_dtype),
-        "sparsity": sparsity(wanted.model, config),
-        "serve": serve_command("OUT", config, group_size, wanted.gpu_memory, wanted.contexts[-1], dense_dtype),
-        "memory": memory_needs(config, wanted.tokens, compute),
+        "card": fits(*card),
+        "sparsity": sparsity(name, config),
+        "commands": _commands(wanted, name, out),
+        "serve": serve_command(out, config, group_size, wanted.dense, wanted.gpu_memory, contexts[-1], dense_dtype),
+        "llama.cpp": llamacpp_command(f"{out}-gguf", *card),
+        "memory": memory_needs(config, wanted.tokens, compute_dtype("cpu")),
     }
-    if wanted.measure:
-        record["time"] = estimate(config, RECIPES[wanted.method], group_size, wanted.tokens, wanted.seq_len, compute)
     return record
 
 
-def is_published(model: str) -> bool:
-    """Return whether a name is that of a published shape, whose plan needs no file."""
-    return model in SIZES
+def expected_time(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any]:
+    """Return how long a quantization takes on this machine, after measuring it for some seconds."""
+    name = published(wanted.model) or wanted.model
+    config = parse_config(gptoss_config(name), name) if source is None else source.config
+    dtype = compute_dtype("cpu")
+    return estimate(config, RECIPES[wanted.method], wanted.group_size, wanted.tokens, wanted.seq_len, dtype)
+
+
+def _contexts(wanted: PlanRequest, positions: int) -> tuple[int, ...]:
+    """Return the context lengths to judge, ascending; InputError for one that the model was not made for."""
+    if wanted.contexts is None:
+        return tuple(c for c in CONTEXTS if c <= positions) or (positions,)
+    if max(wanted.contexts) > positions:
+        raise InputError(
+            f"--context {max(wanted.contexts)}: {wanted.model} was made for {positions} tokens "
+            "(max_position_embeddings); ask for that many or fewer"
+        )
+    return tuple(sorted(wanted.contexts))
+
+
+def _out(model: str) -> str:
+    """Return a name for the directory to write."""
+    return f"{Path(model).name or 'model'}-int4"
+
+
+def _commands(wanted: PlanRequest, name: str, out: str) -> dict[str, str]:
+    """Return the command lines that make the checkpoint and its GGUF file."""
+    defaults = PlanRequest(model=name)
+    options = [
+        f"--{option.replace('_', '-')} {value}"
+        for option in ("method", "group_size", "dense", "tokens", "seq_len")
+        if (value := getattr(wanted, option)) != getattr(defaults, option)
+    ]
+    source, made = shlex.quote(HUB.get(name, wanted.model)), shlex.quote(out)
+    return {
+        "quantize": " ".join(["gptoss-quantize quantize", source, made, *options]),
+        "export": f"gptoss-quantize export {made} {shlex.quote(out + '-gguf')} --to gguf",
+    }

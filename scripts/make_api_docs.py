@@ -18,8 +18,8 @@ from gptoss_quantize import api, loading, results
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/api.md"
 ORDER = ("quantize", "evaluate", "compare", "generate", "load", "register", "export", "import_checkpoint", "verify",
-         "plan")  # fmt: skip
-RESULTS = ("Quantized", "Evaluation", "Fidelity", "Comparison", "Written", "Verification", "Plan")
+         "push", "plan")  # fmt: skip
+RESULTS = ("Quantized", "Evaluation", "Fidelity", "Comparison", "Written", "Verification", "Pushed", "Plan")
 HEAD = """# The Python interface
 
 <!-- written by scripts/make_api_docs.py from the docstrings: change those, and run `make docs-api` -->

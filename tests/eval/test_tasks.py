@@ -18,9 +18,10 @@ from gptoss_quantize.calibration.text import load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import lm as streamed
-from gptoss_quantize.eval import tasks
+from gptoss_quantize.eval import suite, tasks
 from gptoss_quantize.eval.lm import Answers, StreamedLM, blocks, group_pairs
-from gptoss_quantize.eval.tasks import TaskSettings, check_tasks, expand, load_tasks, run_tasks, suite_files
+from gptoss_quantize.eval.suite import expand, suite_files
+from gptoss_quantize.eval.tasks import TaskSettings, check_tasks, load_tasks, run_tasks
 from gptoss_quantize.eval.trees import Tree
 
 SUITE = {
@@ -85,10 +86,11 @@ def test_the_calibration_text_holds_no_item():
 def test_exported_tasks_are_those_of_the_package(tmp_path):
     import yaml
 
-    tasks.export(tmp_path)
-    assert sorted(path.stem for path in tmp_path.glob("*.yaml")) == sorted(SUITE)
-    for path in tmp_path.glob("*.yaml"):
-        assert yaml.safe_load(path.read_text()) == tasks.suite_config(path.stem)
+    suite.export(tmp_path)
+    assert sorted(path.stem for path in tmp_path.glob("*.yaml")) == sorted([*SUITE, "offline"])
+    for name in SUITE:
+        assert yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) == suite.suite_config(name)
+    assert yaml.safe_load((tmp_path / "offline.yaml").read_text())["task"] == list(suite.suite_files())
 
 
 # --- what is refused
@@ -97,7 +99,7 @@ def test_exported_tasks_are_those_of_the_package(tmp_path):
 @pytest.fixture
 def other_tasks(tmp_path, monkeypatch) -> None:
     """Instead of lm-eval's index of thousands of tasks: one of a kind that wants data from the hub."""
-    config = tasks.suite_config("gptoss_kinds") | {"task": "far_away", "dataset_path": "nobody/far-away-data"}
+    config = suite.suite_config("gptoss_kinds") | {"task": "far_away", "dataset_path": "nobody/far-away-data"}
     del config["dataset_kwargs"]
     (tmp_path / "far_away.yaml").write_text(json.dumps(config))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
@@ -182,7 +184,7 @@ def test_accuracies_are_those_of_the_hf_model(pair):
     ours, theirs = pair
     names = ("gptoss_agreement", "gptoss_kinds", "gptoss_capitals")
     got = run_tasks(ours, TaskSettings(names=names, limit=15))
-    configs = [tasks.suite_config(name) for name in names]
+    configs = [suite.suite_config(name) for name in names]
     options = {"limit": 15, "bootstrap_iters": 0, "task_manager": tasks._manager(True)}
     exact = simple_evaluate(model=theirs, tasks=configs, log_samples=True, **options)
     assert list(got) == list(names)

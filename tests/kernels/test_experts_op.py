@@ -15,26 +15,31 @@ from gptoss_quantize.kernels.experts import MappedExperts, PackedExperts, expert
 LIMIT, ALPHA = 7.0, 1.702
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 needs_compiler = pytest.mark.skipif(not native.available(), reason=native.problem())
+# one rounding at the end; sums of float32 of 2880 products
+BOUNDS = {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4, torch.float32: 1e-6}
 each_isa = pytest.mark.parametrize("isa", native_products.instruction_sets())
 
 
-def random_experts(experts=8, hidden=192, width=320, group=64, seed=0, bias=torch.bfloat16) -> PackedExperts:
+def random_experts(
+    experts=8, hidden=192, width=320, group=64, seed=0, bias=torch.bfloat16, bits=(4, 4)
+) -> PackedExperts:
     """Packed experts whose scales have both signs and whose pre-activations reach beyond the limit."""
     g = torch.Generator().manual_seed(seed)
 
-    def packed(rows: int, columns: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, (experts, rows, columns // 8), dtype=torch.int32, generator=g)
+    def packed(rows: int, columns: int, width: int) -> torch.Tensor:
+        shape = (experts, rows, columns * width // 32)
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=g)
 
     def scale(rows: int, columns: int, size: float) -> torch.Tensor:
         values = torch.randn(experts, rows, columns // group, generator=g) * size / columns**0.5
         return int4.round_scale(values).bfloat16()
 
     return PackedExperts(
-        w13_packed=packed(2 * width, hidden),
-        w13_scale=scale(2 * width, hidden, 1.5),
+        w13_packed=packed(2 * width, hidden, bits[0]),
+        w13_scale=scale(2 * width, hidden, 1.5 * 2 ** (4 - bits[0])),
         w13_bias=torch.randn(experts, 2 * width, generator=g).to(bias),
-        w2_packed=packed(hidden, width),
-        w2_scale=scale(hidden, width, 0.2),
+        w2_packed=packed(hidden, width, bits[1]),
+        w2_scale=scale(hidden, width, 0.2 * 2 ** (4 - bits[1])),
         w2_bias=torch.randn(experts, hidden, generator=g).to(bias),
     )
 
@@ -60,9 +65,8 @@ def mapped(packed: PackedExperts, odd: int = 0) -> MappedExperts:
             place[part, e] = torch.tensor((e % 2, sizes[e % 2]))
             chunks[e % 2].append(data)
             sizes[e % 2] += len(data)
-    hidden, width = packed.w2_bias.shape[1], packed.w13_bias.shape[1] // 2
-    group = hidden // packed.w13_scale.shape[-1]
-    return MappedExperts([torch.cat(c) for c in chunks], place, hidden, width, group, packed.w13_bias.dtype)
+    sizes = (packed.hidden, packed.intermediate, packed.group, packed.w13_bias.dtype, packed.bits)
+    return MappedExperts([torch.cat(c) for c in chunks], place, *sizes)
 
 
 def parts(packed: PackedExperts) -> list[torch.Tensor]:
@@ -80,7 +84,7 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
-def check(x, index, prob, packed, isa, dtype) -> None:
+def check(x, index, prob, packed, isa, dtype, bounds=BOUNDS) -> None:
     """The error is at most twice that of the same block in plain torch of the same dtype, and small."""
     x, prob = x.to(dtype), prob.to(dtype)
     want = exact(x, index, prob, packed)
@@ -90,8 +94,7 @@ def check(x, index, prob, packed, isa, dtype) -> None:
     error = float((got.double() - want).norm() / want.norm())
     plain = experts_torch(x, index, prob, packed, LIMIT, ALPHA)
     assert error <= 2 * float((plain.double() - want).norm() / want.norm()), error
-    # one rounding at the end; sums of float32 of 2880 products
-    assert error <= {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4, torch.float32: 1e-6}[dtype]
+    assert error <= bounds[dtype]
 
 
 @needs_compiler
@@ -102,6 +105,50 @@ def check(x, index, prob, packed, isa, dtype) -> None:
 def test_each_instruction_set_is_the_definition(isa, dtype, tokens, hidden, width, group):
     packed = random_experts(8, hidden, width, group)
     check(*random_tokens(tokens, hidden), packed, isa, dtype)
+
+
+@needs_compiler
+@each_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [(3, 3), (2, 2), (3, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize(("hidden", "width", "group"), [(192, 320, 64), (576, 192, 32), (96, 160, 32), (64, 64, 64)])
+def test_each_instruction_set_is_the_definition_below_four_bits(isa, dtype, bits, hidden, width, group):
+    packed = random_experts(8, hidden, width, group, bits=bits)
+    for tokens in (1, 3, 8, 33):
+        # float16 keeps 15 bits of a group's largest, and a code of 0 is frequent where the outlier is
+        check(*random_tokens(tokens, hidden), packed, isa, dtype, BOUNDS | {torch.float16: 1e-3})
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [(3, 3), (2, 2), (4, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["stacked", "mapped"])
+def test_operators_below_four_bits(kind, bits):
+    packed = random_experts(6, 96, 64, 32, bits=bits)
+    x, index, prob = random_tokens(5, 96, 6)
+    at = mapped(packed)
+    settings = (at.storages, at.place, at.intermediate, at.group, at.bias_dtype)
+    run = {
+        "stacked": lambda *r: experts_op.experts(*r, *parts(packed), LIMIT, ALPHA, *bits),
+        "mapped": lambda *r: experts_op.experts_mapped(*r, *settings, LIMIT, ALPHA, *bits),
+    }[kind]
+    assert torch.equal(run(x, index, prob), experts_op.run(x, index, prob, packed, LIMIT, ALPHA))
+    assert at.nbytes() == sum(part.nbytes for part in parts(packed))
+    leaves = [t.double().requires_grad_() for t in (x, prob)]
+    slopes = torch.autograd.grad(run(leaves[0], index, leaves[1]).sum(), leaves)
+    want = torch.autograd.grad(experts_torch(leaves[0], index, leaves[1], packed, LIMIT, ALPHA).sum(), leaves)
+    for got, wanted in zip(slopes, want, strict=True):
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(ValueError, match="do not fit"):
+        experts_op.experts(x, index, prob, *parts(packed), LIMIT, ALPHA, 2 if bits[0] != 2 else 3)
+
+
+@needs_compiler
+@each_isa
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("group", [32, 64])
+def test_full_size_rows_below_four_bits(isa, group, bits):
+    packed = random_experts(4, 2880, 2880, group, bits=(bits, bits))
+    check(*random_tokens(2, 2880, 4, 2), packed, isa, torch.bfloat16)
 
 
 @needs_compiler
@@ -194,7 +241,7 @@ def test_mapped_is_stacked(dtype, bias):
     x, tail = x.to(dtype), (LIMIT, ALPHA)
     stacked = torch.ops.gptoss_quantize.experts(x, index, prob, *parts(packed), *tail)
     settings = (at.storages, at.place, at.intermediate, at.group, at.bias_dtype)
-    assert torch.equal(torch.ops.gptoss_quantize.experts_mapped(x, index, prob, *settings, *tail, 4), stacked)
+    assert torch.equal(torch.ops.gptoss_quantize.experts_mapped(x, index, prob, *settings, *tail, 4, 4), stacked)
     for one, other in zip(parts(at.stack()), parts(packed), strict=True):
         assert torch.equal(one, other)
     assert at.nbytes() == sum(part.nbytes for part in parts(packed))
@@ -213,7 +260,7 @@ def test_gradients_are_those_of_the_definition(kind):
     settings = (at.storages, at.place, at.intermediate, at.group, at.bias_dtype)
     ours = {
         "stacked": lambda *r: experts_op.experts(*r, *parts(packed), LIMIT, ALPHA),
-        "mapped": lambda *r: experts_op.experts_mapped(*r, *settings, LIMIT, ALPHA, 4),
+        "mapped": lambda *r: experts_op.experts_mapped(*r, *settings, LIMIT, ALPHA, 4, 4),
     }[kind]
     want = gradients(lambda *r: experts_torch(*r, packed, LIMIT, ALPHA))
     for got, exactly in zip(gradients(ours), want, strict=True):
@@ -271,7 +318,7 @@ def test_the_operators_fit_torch():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(experts_op.experts, given, test_utils=tests)
     at = mapped(packed)
-    settings = (at.storages, at.place, at.intermediate, at.group, at.bias_dtype, LIMIT, ALPHA, 4)
+    settings = (at.storages, at.place, at.intermediate, at.group, at.bias_dtype, LIMIT, ALPHA, 4, 4)
     torch.library.opcheck(experts_op.experts_mapped, (x, index, prob, *settings), test_utils=tests)
 
 
@@ -285,8 +332,10 @@ def test_other_groups_run_in_plain_torch(group):
 
 def test_refused():
     packed, (x, index, prob) = random_experts(), random_tokens(3)
-    with pytest.raises(ValueError, match="bits = 3; only 4"):
-        experts_op.experts(x, index, prob, *parts(packed), LIMIT, ALPHA, 3)
+    with pytest.raises(ValueError, match=r"bits = \(5, 5\); 2, 3 and 4"):
+        experts_op.experts(x, index, prob, *parts(packed), LIMIT, ALPHA, 5)
+    with pytest.raises(ValueError, match=r"do not fit .* \(4, 3\) bits"):
+        experts_op.experts(x, index, prob, *parts(packed), LIMIT, ALPHA, 4, 3)
     with pytest.raises(ValueError, match=r"not \(3, 192\), \(2, 4\), \(3, 4\)"):
         experts_op.experts(x, index[:2], prob, *parts(packed), LIMIT, ALPHA)
     with pytest.raises(ValueError, match=r"instruction set 'mmx': this processor and compiler have"):

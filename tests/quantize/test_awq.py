@@ -153,7 +153,7 @@ def test_search_helps_with_outlier_channels_and_reports_its_gain():
 
 def test_search_keeps_the_original_when_nothing_helps(monkeypatch):
     x, dense, experts = layer()
-    monkeypatch.setattr(awq, "nearest", lambda weight, fold, group, dtype: weight.to(dtype))
+    monkeypatch.setattr(awq, "nearest", lambda weight, fold, group, dtype, grid: weight.to(dtype))
     fold = awq.search_input(samples_of(x, dense), iter(experts), x.abs().mean(0), dense, CONFIG, 64)
     assert (fold.alpha, fold.gain) == (0.0, 1.0)
     assert bool((fold.scale == 1).all())

@@ -120,7 +120,8 @@ def test_source_that_changes_between_layers(tiny, tmp_path, undisturbed):
     shard.write_bytes(whole)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     quantize(model, out, tokens, resume=True)
-    assert files(tiny, out) == undisturbed
+    # the model card names its source's folder, which is another one here
+    assert files(tiny, out) | {"README.md": b""} == undisturbed | {"README.md": b""}
 
 
 def test_calibration_text_that_changed(tiny, tmp_path):

@@ -91,7 +91,7 @@ def test_an_adapter_on_the_release_becomes_mxfp4_again(tiny, tmp_path):
         ({"group_size": 64}, "format mxfp4 has groups of 32, not 64"),
         ({"method": "awq"}, "use --method gptq or rtn"),
         ({"method": "rtn-signed"}, "no scale rule 'signed'"),
-        ({"format": "nf4"}, "unknown format 'nf4'; known: int4, mxfp4, auto"),
+        ({"format": "nf4"}, "unknown format 'nf4'; known: int4, int3, int2, mxfp4, auto"),
         ({"format": "int4", "recipe": override(RECIPES["gptq"], ["scale=ceil"])}, "format int4 has no scale rule"),
     ],
 )

@@ -68,6 +68,7 @@ def test_from_begin_to_end(tmp_path, source):
         f"{STEM}.safetensors.index.json",
         "config.json",
         REPORT_NAME,
+        "README.md",
         MARK,
         *COPIED,
     }

@@ -7,7 +7,7 @@ import torch
 
 from gptoss_quantize.kernels import int4, native
 from gptoss_quantize.kernels.experts import by_halves
-from gptoss_quantize.quantize.polish_expert import ExpertOutput, int4_matrix
+from gptoss_quantize.quantize.polish_expert import ExpertOutput, integer_matrix
 
 D, F, GROUP, TOKENS = 64, 96, 32, 40
 
@@ -30,7 +30,7 @@ def test_gradients_are_autograds(dtype, size, error):
     ]
     x, prob, slope = normal(TOKENS, D, seed=4).to(dtype), torch.rand(TOKENS), normal(TOKENS, D, seed=5)
     inputs = [t.clone().requires_grad_() for t in (x, prob, *free)]
-    matrices = [int4_matrix(p, k // GROUP, dtype) for p, k in zip(packed, (D, F), strict=True)]
+    matrices = [integer_matrix(p, k // GROUP, 4, dtype) for p, k in zip(packed, (D, F), strict=True)]
     kept = []
     with torch.no_grad():
         first = ExpertOutput.apply(*inputs, *matrices, config, kept)
@@ -64,6 +64,6 @@ def test_rows_by_halves():
 def test_compiled_and_plain_matrices_agree():
     codes = torch.randint(-8, 8, (20, 64), dtype=torch.int8)
     scale, slope = (0.1 + normal(20, 2).abs()).bfloat16(), normal(20, 64).bfloat16()
-    fast, plain = int4_matrix(int4.pack(codes), 2, torch.bfloat16), int4_matrix(int4.pack(codes), 2, torch.float32)
+    fast, plain = (integer_matrix(int4.pack(codes), 2, 4, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert torch.equal(fast.weight(scale.float()), plain.weight(scale.float()).bfloat16())
     torch.testing.assert_close(fast.scale_gradient(slope), plain.scale_gradient(slope.float()), rtol=1e-5, atol=1e-4)

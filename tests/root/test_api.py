@@ -17,8 +17,8 @@ import gptoss_quantize as gq
 from gptoss_quantize import api, terminal
 from gptoss_quantize.eval.examples import ask
 
-FUNCTIONS = ["compare", "evaluate", "export", "generate", "import_checkpoint", "load", "plan", "quantize", "register",
-             "verify"]  # fmt: skip
+FUNCTIONS = ["compare", "evaluate", "export", "generate", "import_checkpoint", "load", "plan", "push", "quantize",
+             "register", "verify"]  # fmt: skip
 SMALL = {"tokens": 128, "seq_len": 32}
 
 
@@ -206,7 +206,7 @@ def test_what_is_no_progress_is_refused(tiny, text, wrong):
     [
         (lambda m, o: gq.quantize(o / "none", o / "x"), "no such directory"),
         (lambda m, o: gq.quantize(m, o / "x", "hqq"), "--method hqq: expected one of rtn"),
-        (lambda m, o: gq.quantize(m, o / "x", format="nf4"), "unknown format 'nf4'; known: int4, mxfp4, auto"),
+        (lambda m, o: gq.quantize(m, o / "x", format="nf4"), "unknown format 'nf4'; known: int4, int3, int2"),
         # what the compiled loops cannot take
         (lambda m, o: gq.quantize(m, o / "x", "rtn", group_size=24), "has groups of 32 or 64, not 24"),
         (lambda m, o: gq.quantize(m, o / "x", "rtn", group_size=192), "has groups of 32 or 64, not 192"),

@@ -106,7 +106,7 @@ def test_a_report_is_written_and_the_verdict_printed(command, tiny, tmp_path):
 def test_refusals_are_one_message(command, tiny, tmp_path, monkeypatch):
     base = ["compare", tiny.path("mxfp4"), "--baseline", tiny.path("bf16")]
     code, err = command(*base, "--report", tmp_path / "r", "--tasks", "gptoss_poetry")
-    assert code == 1 and "no such task" in err
+    assert code == 1 and "--tasks gptoss_poetry: no such task" in err and "gptoss_last_words" in err
     (tmp_path / "file").write_text("")
     code, err = command(*base, "--report", tmp_path / "file")
     assert code == 1 and "is a file; give a directory" in err

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("gptoss_quantize", "kernels", "calibration", "quantize", "eval", "runtimes")
 FOLDERS = [ROOT / name for name in (*OURS, "tests", "benchmarks", "scripts")]
 SOURCES = [path for folder in FOLDERS for kind in ("*.py", "*.cpp") for path in sorted(folder.rglob(kind))]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("benchmarks/**/*.md"))]
 # made beside a checkpoint, or a model's own: not files of this repository
-ELSEWHERE = {"README.md", "report.md"}
+ELSEWHERE = {"LICENSE.md", "README.md", "report.md"}
 # this file's own patterns are no citations
 CITING = [path for path in (*SOURCES, *PAGES) if path != Path(__file__).resolve()]
 
@@ -61,7 +61,7 @@ def test_every_equation_that_is_cited_is_defined():
     assert {name: str(path) for name, path in cited.items() if name not in defined} == {}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     lost = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):

@@ -32,8 +32,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 def layer(module: str) -> str:
     """The entry of ORDER that a module of ours belongs to."""
-    # cli_compare.py and its like are part of the command line
-    if module.endswith(".__main__"):
+    # cli_compare.py and its like are part of the command line, and lm_eval.py is one of its own
+    if module.endswith(".__main__") or module == "gptoss_quantize.lm_eval":
         return "cli"
     part = module.split(".")[1].split("_")[0] if "." in module else ""
     return part if part in ORDER else "root"

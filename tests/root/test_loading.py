@@ -72,6 +72,41 @@ def test_logits_equal_the_dequantized_reference(tiny, quantized, kind, method, g
     assert 0.01 < (got - original).square().mean().sqrt() / original.std() < 0.7
 
 
+@pytest.mark.parametrize(
+    ("bits", "method", "group_size", "bound"),
+    [(3, "rtn", 64, 1.2), (3, "gptq", 32, 0.8), (3, "awq", 64, 1.2), (2, "awq+gptq", 32, 1.5), (2, "gptq", 64, 1.5)],
+)
+def test_below_four_bits_is_written_read_and_run(tiny, tmp_path, bits, method, group_size, bound):
+    path, ids, name = tmp_path / "out", tiny.ids(), f"int{bits}"
+    job = Job(
+        dest=path, method=method, recipe=RECIPES[method], format=name, group_size=group_size, device="cpu"
+    )  # fmt: skip
+    report = quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, tiny.tokens() if job.recipe.calibrated else None)
+    assert report["expert_bits_per_weight"] == bits + 16 / group_size
+    checkpoint = Checkpoint(path)
+    assert (checkpoint.expert_format, checkpoint.group_size) == (name, group_size)
+    codes = [checkpoint.read(n) for n in checkpoint.names() if n.endswith(f"_weight_int{bits}")]
+    # exactly so many bits in the file, and no more
+    assert 8 * sum(c.nbytes for c in codes) == bits * EXPERT_WEIGHTS
+    assert sorted(f.name for f in path.glob("*.safetensors"))[0].startswith(f"gptoss-int{bits}-")
+    model = gptoss_quantize.load(path, dtype=torch.float32)
+    with torch.inference_mode():
+        got = model(ids).logits
+    torch.testing.assert_close(got, streamed(path, ids), atol=1e-4, rtol=0)
+    original = streamed(tiny.path("bf16"), ids)
+    assert 0.05 < (got - original).square().mean().sqrt() / original.std() < bound
+    model.save_pretrained(tmp_path / "again")
+    for name in checkpoint.names():
+        assert torch.equal(Checkpoint(tmp_path / "again").read(name), checkpoint.read(name))
+    for to in ("gguf", "autogptq", "autoawq", "mxfp4"):
+        with pytest.raises(InputError, match=f"int{bits}"):
+            gptoss_quantize.export(path, tmp_path / to, to)
+    with pytest.raises((OSError, ValueError)):
+        GptOssForCausalLM.from_pretrained(path)
+    loading.register()
+    assert isinstance(AutoModelForCausalLM.from_pretrained(path), loading.PackedGptOssForCausalLM)
+
+
 def test_logits_equal_transformers_on_dequantized_weights(tiny, quantized):
     # without our model code: stock transformers on weights that codes and scales are multiplied out into
     path, ids = quantized(), tiny.ids(2)
@@ -245,6 +280,16 @@ def test_tied_and_biasless_models(tiny, tmp_path):
         torch.testing.assert_close(model(ids).logits, streamed(tmp_path / "int4", ids), atol=1e-4, rtol=0)
 
 
+def test_a_tied_head_in_8_bits(tiny, tmp_path):
+    tiny.build(tmp_path / "model", tie_word_embeddings=True)
+    job = Job(dest=tmp_path / "int4", method="rtn", recipe=RECIPES["rtn"], dense="int8")
+    quantize_checkpoint(Checkpoint(tmp_path / "model"), job, None)
+    model, ids = gptoss_quantize.load(tmp_path / "int4", dtype=torch.float32), tiny.ids(1)
+    assert model.lm_head.codes is model.model.embed_tokens.codes
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, streamed(tmp_path / "int4", ids), atol=1e-4, rtol=0)
+
+
 # ---- what is refused
 
 
@@ -341,13 +386,6 @@ def test_adapter_on_int4(quantized, tiny, tmp_path):
     words = (path, "adapter cannot be merged into int4", "give the bf16 or MXFP4 base")
     refused(lambda: gptoss_quantize.quantize(path, tmp_path / "out", "rtn", adapter=adapter), *words)
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_packed_model_is_not_saved_as_a_stock_one(quantized, tmp_path):
-    # stock transformers would load such a directory with random experts and a warning
-    model = gptoss_quantize.load(quantized())
-    refused(lambda: model.save_pretrained(tmp_path / "x"), "packed", "copy the directory")
-    assert not (tmp_path / "x").exists()
 
 
 # ---- transformers itself

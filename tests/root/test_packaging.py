@@ -13,6 +13,7 @@ import tomllib
 from importlib import import_module
 from importlib.metadata import distribution
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -76,7 +77,9 @@ def test_every_folder_of_the_checkout_with_an_init_is_packaged():
 def test_every_module_imports(package):
     names = [module.name for module in iter_modules([str(folder(package))])]
     assert names or package not in FOLDERS_BELOW
-    for name in names:
+    # the parts of the plugin that vLLM imports, where it is installed (docs/vllm.md)
+    inside = {"vllm_config", "vllm_dense", "vllm_experts", "vllm_model"}
+    for name in names if find_spec("vllm") else set(names) - inside:
         import_module(f"{package}.{name}")
 
 
@@ -138,7 +141,7 @@ def test_packaged_data_is_complete_and_small(package):
             assert len(rows) > 1 and all(row["text"].strip() for row in rows)
 
 
-CPP = (".h", "_dot.h", "_dot.cpp", "_experts.cpp", "_passes.cpp", "_solve.cpp")
+CPP = (".h", "_dot.h", "_planes.h", "_vectors.h", "_dot.cpp", "_experts.cpp", "_passes.cpp", "_solve.cpp")
 
 
 def test_only_data_folders_hold_anything_but_python():

@@ -1,6 +1,7 @@
 """The plan: bytes equal to what is written, caches counted as the runtimes count them, verdicts that follow."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,23 @@ from safetensors.torch import save_file
 from gptoss_quantize import api
 from gptoss_quantize.architectures import COMPARED, gptoss_config, gptoss_counts, parameter_counts, sparsity
 from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.cli_sizes import print_plan
+from gptoss_quantize.cli_sizes import print_plan, print_time
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.published import published
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
-from gptoss_quantize.runtimes.memory import RUNTIMES, card, fits, kv_bytes, longest_context, serve_command
+from gptoss_quantize.runtimes.memory import (
+    RUNTIMES,
+    card,
+    fits,
+    kv_bytes,
+    llamacpp_command,
+    longest_context,
+    serve_command,
+    weights_on_card,
+)
 from gptoss_quantize.runtimes.plan import CONTEXTS
 from gptoss_quantize.shards import DTYPES
 from gptoss_quantize.sizes import DTYPE_BYTES, dense_total, disk, expert_bytes, header_bytes, shard_tensors
@@ -93,14 +104,15 @@ def test_verdicts_of_the_20b_on_16_gib(small):
     # the issue: int4 group 64 with bf16 attention and 128k of context does not fit, int8 helps where it loads
     verdicts = {(row["runtime"], row["context"]): row for row in fits(small, 64, "source", 16 * GIB, CONTEXTS, bf16)}
     assert [verdicts["vLLM", c]["fits"] for c in CONTEXTS] == [True, True, False]
-    changes = {change["change"]: change for change in verdicts["vLLM", 131072]["changes"]}
-    assert not any("int8" in name for name in changes)
-    changes = {change["change"]: change for change in verdicts["llama.cpp", 131072]["changes"]}
-    assert changes["--dense int8"]["fits"]
+    for runtime in RUNTIMES:
+        changes = {change["change"]: change for change in verdicts[runtime, 131072]["changes"]}
+        assert changes["--dense int8 and 8-bit KV cache"]["fits"]
+        # humming pads the experts, by 0.5 GiB
+        assert changes["--dense int8"]["fits"] is (runtime == "llama.cpp")
     small_dense = fits(small, 64, "int8", 16 * GIB, CONTEXTS, bf16)
     loads = {row["runtime"]: row["loads"] for row in small_dense}
-    assert loads == {"vLLM": False, "llama.cpp": True}
-    assert [row["fits"] for row in small_dense if row["runtime"] == "llama.cpp"] == [True] * 3
+    assert loads == {"vLLM": True, "llama.cpp": True}
+    assert {(row["runtime"], row["context"]) for row in small_dense if not row["fits"]} == {("vLLM", 131072)}
 
 
 def test_every_change_that_is_proposed_does_what_it_says(small):
@@ -113,10 +125,52 @@ def test_every_change_that_is_proposed_does_what_it_says(small):
             assert card(small, 64, weights, longest, runtime)["total"] <= room
         if longest < 131072:
             assert card(small, 64, weights, longest + 16, runtime)["total"] > room
-    command = serve_command("OUT", small, 64, 16 * GIB, 131072, bf16)["command"]
+    served = serve_command("OUT", small, 64, "source", 16 * GIB, 131072, bf16)
+    command = served["command"]
     longest = longest_context(small, 64, weights, int(16 * GIB * 0.95), runtime)
-    assert f"--moe-backend humming --max-model-len {longest} " in command
-    assert serve_command("OUT", small, 64, 8 * GIB, 4096, bf16)["command"].startswith("(no vLLM command")
+    assert f"vllm serve OUT --max-model-len {longest} " in command
+    assert "--moe-backend humming" in served["why"] and "--enable-expert-parallel" in served["two_cards"]
+    assert "--max-model-len 101904 " in serve_command("OUT", small, 64, "int8", 16 * GIB, 131072, bf16)["command"]
+    assert serve_command("OUT", small, 32, "source", 16 * GIB, 4096, bf16)["two_cards"] == "--tensor-parallel-size 2"
+    assert serve_command("OUT", small, 64, "source", 8 * GIB, 4096, bf16)["command"].startswith("(no vLLM command")
+
+
+def test_llamacpp_keeps_the_embedding_in_ram(small):
+    runtime, embedding = RUNTIMES["llama.cpp"], 201088 * 2880 * 2
+    everything = dense_total(small, "source", bf16)
+    assert weights_on_card(small, "source", bf16, runtime) == everything - embedding
+    assert weights_on_card(small, "source", bf16, RUNTIMES["vLLM"]) == everything
+    # 8.5 bits a weight
+    small_dense = dense_total(small, "int8", bf16)
+    assert weights_on_card(small, "int8", bf16, runtime) == small_dense - 201088 * 2880 * 17 // 16
+    # a tied embedding is the head, which the card needs
+    tied = replace(small, tied=True)
+    assert weights_on_card(tied, "source", bf16, runtime) == dense_total(tied, "source", bf16)
+
+
+@pytest.mark.parametrize(("memory", "words"), [(8, "-c 32768 -ngl 99 --n-cpu-moe 16"), (16, "-c 96256 -ngl 99"),
+                                               (24, "-c 131072 -ngl 99"), (2, "-c 32768")])  # fmt: skip
+def test_llamacpp_takes_what_fits_the_card_and_leaves_experts_in_ram(small, memory, words):
+    # a layer of Q4_0: 4.5 bits and bf16 biases, of which ggml's float32 are counted as half
+    layer = 32 * (3 * 2880 * 2880 * 9 // 16 + 3 * 2880 * 2)
+    found = llamacpp_command("G", small, 64, "source", memory * GIB, CONTEXTS, bf16)
+    assert found["command"] == f"llama-server -m G/model.gguf {words}"
+    runtime = RUNTIMES["llama.cpp"]
+    weights, room = weights_on_card(small, "source", bf16, runtime), int(memory * GIB * 0.97)
+    total = card(small, 64, weights, found["context"], runtime)["total"]
+    if found["offload"] is None:
+        assert total - 24 * layer > room
+        return
+    layers = found["offload"]["layers"]
+    assert found["offload"]["bytes"] == layers * layer
+    assert total - layers * layer <= room
+    assert layers == 0 or total - (layers - 1) * layer > room
+
+
+def test_vllm_offloads_nothing(small):
+    rows = fits(small, 64, "source", 8 * GIB, (4096,), bf16)
+    assert {row["runtime"]: row["offload"] for row in rows}["vLLM"] is None
+    assert {row["runtime"]: row["offload"]["layers"] for row in rows if row["offload"]} == {"llama.cpp": 14}
 
 
 # ---- where the model lies
@@ -164,10 +218,9 @@ def test_plan_of_a_directory_and_of_a_name(tiny, capsys):
     by_tokens = phases["attention"] + phases["forward"] + phases["moments"]
     more = record["time"]["more_tokens"]
     assert more["seconds"] == pytest.approx(record["time"]["seconds"] + 3 * by_tokens)
-    print_plan(record, Console(width=300))
+    print_time({**record["time"], "more_tokens": {"tokens": 3072, "seconds": 3 * 3600}}, Console(width=300))
     printed = capsys.readouterr().out
-    assert f"with --tokens 3072: {more['seconds'] / 60:.0f} minutes; " in printed
-    assert "@" not in printed
+    assert "with --tokens 3072: 3.0 h; " in printed
     assert record["memory"]["peak"] >= record["memory"]["least"] > 0
     json.dumps(record)
     record = api.plan("gpt-oss-120b", gpu_memory="80GiB", measure=False).report
@@ -202,7 +255,7 @@ def test_a_plan_says_what_the_release_loses_and_reads_an_int8_checkpoint(tiny, t
     for kind in ("mxfp4", "bf16"):
         record = api.plan(tiny.path(kind), measure=False, gpu_memory=GIB).report
         assert record["source_is_mxfp4"] == (kind == "mxfp4")
-        print_plan(record, Console(width=300))
+        print_plan(record, Console(width=300), details=True)
         printed.append(capsys.readouterr().out)
     assert "int4 is never lossless for it. Where MXFP4 kernels exist, keep the release" in printed[0]
     assert "keep the release" not in printed[1]
@@ -211,3 +264,51 @@ def test_a_plan_says_what_the_release_loses_and_reads_an_int8_checkpoint(tiny, t
     quantize_checkpoint(Checkpoint(tiny.path("bf16")), job, None)
     total = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert api.plan(tmp_path / "out", group_size=32, measure=False, gpu_memory=GIB).size == total
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "openai/gpt-oss-20b", "20b", "20B"])
+def test_names_of_the_release_need_no_download(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = api.plan(name, measure=False).report
+    assert record["disk"]["total"] == 13_761_840_552
+    assert record["commands"]["quantize"] == "gptoss-quantize quantize openai/gpt-oss-20b gpt-oss-20b-int4"
+    # a directory of that name is that directory
+    (tmp_path / name).mkdir(parents=True)
+    assert published(name) is None
+
+
+def test_commands_have_the_options_that_were_asked_for(tiny):
+    record = api.plan(tiny.path(), "awq", group_size=32, tokens=512, contexts=[64], measure=False).report
+    made = f"{tiny.path().name}-int4"
+    assert record["commands"] == {
+        "quantize": f"gptoss-quantize quantize {tiny.path()} {made} --method awq --group-size 32 --tokens 512",
+        "export": f"gptoss-quantize export {made} {made}-gguf --to gguf",
+    }
+    assert record["llama.cpp"]["command"] == f"llama-server -m {made}-gguf/model.gguf -c 64 -ngl 99"
+
+
+def test_context_beyond_the_model_is_refused(tiny):
+    with pytest.raises(InputError, match=r"--context 131073: gpt-oss-20b was made for 131072 tokens"):
+        api.plan("gpt-oss-20b", contexts=[4096, 131073], measure=False)
+    positions = Checkpoint(tiny.path()).config.max_positions
+    assert positions < CONTEXTS[0]
+    assert api.plan(tiny.path(), measure=False).report["contexts"] == (positions,)
+
+
+@pytest.mark.parametrize(("memory", "answer"), [("24GiB", "YES; "), ("3GiB", "NO: "),
+    ("8GiB", "PARTLY: in llama.cpp, with the experts of 16 of 24 layers in 6.68 GiB of RAM")])  # fmt: skip
+def test_the_answer_comes_first_and_fits_80_columns(memory, answer, capsys):
+    seen = []
+
+    def show(plan):
+        seen.append("time" in plan.report)
+        print_plan(plan.report, Console(width=80))
+
+    api.plan("20b", gpu_memory=memory, measure=False, before_measuring=show)
+    lines = capsys.readouterr().out.splitlines()
+    assert seen == [False]
+    assert lines[0].startswith("Does it fit? gpt-oss-20b, int4 in groups of 64")
+    assert lines[2].startswith(answer)
+    # commands are one line each, to be copied
+    assert all(len(line) <= 80 or " -m " in line or "serve " in line or " export " in line for line in lines)
+    assert not any("…" in line for line in lines)

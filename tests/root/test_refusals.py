@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from gptoss_quantize import cli_early as early
-from gptoss_quantize.architectures import SIZES
 from gptoss_quantize.calibration.sources import PACKAGED
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import AUTO, DENSE, WRITTEN, pick_layout
@@ -43,7 +42,9 @@ print(json.dumps(found))
 
 
 def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONSAFEPATH": "1", "COLUMNS": "300", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"} | more
+    # a cache that is not there: no data set is in it
+    base = {"PYTHONSAFEPATH": "1", "COLUMNS": "300", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "HF_HOME": "/no/cache"}
+    return os.environ | base | more
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +133,20 @@ CHEAP = {
     "verify: json": ("verify M --json H/empty", "expected a file in an existing directory"),
     "verify: no text": ("verify M --text H/no.txt", "no such file"),
     "plan: json": ("plan M --json H/no/x.json", "make the directory first"),
+    "plan: context": ("plan 20b --context 131073", "20b was made for 131072 tokens; ask for that many"),
     "plan: size": ("plan M --gpu-memory big", "--gpu-memory 'big': expected a size"),
     "compare: report is a file": ("compare M --baseline M --report H/file", "is a file; give a directory"),
     "compare: report below a file": ("compare M --baseline M --report H/file/x", "choose another place"),
     "compare: twice": ("compare M M --baseline M --report H/new", "a candidate is named twice"),
+    "compare: task without a network": (
+        "compare M --baseline M --report H/new --tasks offline,hellaswag",
+        "--tasks hellaswag: needs the data set Rowan/hellaswag, and there is no network",
+        "--tasks offline",
+    ),
+    "compare: group without a network": (
+        "compare M --baseline M --report H/new --tasks mmlu",
+        "--tasks mmlu: is no packaged task",
+    ),
     "generate: no model": ("generate H/no --prompt x", "no such directory"),
 }
 
@@ -176,7 +187,6 @@ def test_several_processes_leave_the_place_to_the_first(tiny, home, monkeypatch)
 def test_the_early_facts_are_those_of_the_formats():
     assert early.FORMATS.keys() == {*WRITTEN, AUTO}
     assert set(early.PACKAGED_TEXTS) == set(PACKAGED)
-    assert set(early.PUBLISHED_SHAPES) == set(SIZES)
     for name, layout in WRITTEN.items():
         facts = early.FORMATS[name]
         assert facts.groups == layout.group_sizes

@@ -410,44 +410,50 @@ def test_the_command_prints_the_table_and_fails_when_one_disagrees(
 
 
 @pytest.mark.parametrize("engine", ["right", "wrong", "absent"])
-@pytest.mark.parametrize("card", [False, True])
-def test_predictions_of_vllm_are_compared_with_ours(tiny, int4_path, monkeypatch, engine, card):
+@pytest.mark.parametrize("place", ["CPU", "CPU with plugin", "card"])
+def test_predictions_of_vllm_are_compared_with_ours(tiny, int4_path, monkeypatch, engine, place):
     # stands in for vLLM's processes: the loader says all is in place, the engine answers with ours and some noise
     asked = request(tiny, int4_path())
     prompts = check_vllm.prefixes(asked.ids, asked.positions)
     assert [len(p) for p in prompts[: len(asked.positions)]] == [p + 1 for p in asked.positions]
 
-    def run(module, *arguments):
+    def run(module, *arguments, environment=None):
         if module == "vllm_loader":
             out = json.dumps({"version": "0", "backend": "none", "placed": 1, "wrong": []})
             return subprocess.CompletedProcess([], 0, out, "")
-        path, backend, prefixes, answer = arguments
-        assert json.loads(Path(prefixes).read_text()) == prompts
+        (question,) = json.loads(Path(arguments[0]).read_text())
+        path, options, answer = question["model"], question["options"], Path(arguments[1], "0.safetensors")
+        assert (question["prompts"], question["what"]) == (prompts, "next")
         # the baseline comes as a folder of links to exactly its files
         links = [p.resolve() for p in Path(path).glob("*.safetensors") if p.is_symlink()]
         candidate = sorted(links) != [p.resolve() for p in asked.baseline.files()]
         if candidate and engine == "absent":
-            return subprocess.CompletedProcess([], 1, "", "ValueError: no such kernel\n")
+            answer.with_suffix(".txt").write_text("ValueError: no such kernel")
+            return subprocess.CompletedProcess([], 0, "", "")
         got = predictions(Checkpoint(Path(path)), asked)
-        got += 0.1 * torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+        exact = options["dtype"] == "float32"
+        got += (1e-5 if exact else 0.1) * torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
         # the backend chosen by default is the one that may be wrong
-        save_file(
-            {"log_probs": got.roll(1, -1) if candidate and engine == "wrong" and backend == "auto" else got}, answer
-        )
+        wrong = candidate and engine == "wrong" and options.get("moe_backend", "auto") == "auto"
+        save_file({"log_probs": got.roll(1, -1) if wrong else got}, answer)
         return subprocess.CompletedProcess([], 0, "", "")
 
     monkeypatch.setattr(check_vllm, "_run", run)
     monkeypatch.setattr(check_vllm, "available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(check_vllm, "plugin", lambda: place == "CPU with plugin")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: place == "card")
     found = {row.what: row for row in verify(asked, ("vllm",))}
     expected = {"right": AGREES, "wrong": DISAGREES, "absent": FAILED}[engine]
     assert found["loader"].verdict == AGREES
     assert found["baseline"].got.kl > 1e-4
     assert found["bfloat16 export"].verdict == expected
-    if card:
+    if place == "card":
         assert found["int4, --moe-backend auto"].verdict == expected
-        others = {found[f"int4, --moe-backend {name}"].verdict for name in ("humming", "emulation")}
+        others = {found[f"int4, --moe-backend {name}"].verdict for name in ("humming", "emulation", "triton")}
         assert others == {NOT_CHECKED if engine == "absent" else AGREES}
+    elif place == "CPU with plugin":
+        assert found["int4, our plugin"].verdict == expected
+        assert found["baseline, float32"].got.kl < 1e-6
     else:
         assert found["int4"].verdict == NOT_CHECKED
     if engine == "absent":
