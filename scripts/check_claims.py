@@ -8,6 +8,7 @@ docs/troubleshooting.md stand in the source. Prints every difference, and exits 
 """
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -24,7 +25,10 @@ from gptoss_quantize.runtimes.memory import RUNTIMES, llamacpp_command, longest_
 from gptoss_quantize.units import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("gptoss_quantize", "kernels", "calibration", "quantize", "eval", "runtimes")
+SOURCES = tuple(
+    "gptoss_quantize" + folder
+    for folder in ("", ".demo", ".kernels", ".calibration", ".quantize", ".eval", ".runtimes")
+)
 MOST_WORDS = 1200
 # KL divergences that do not stand in fidelity.json, and the page or script that they come from
 ELSEWHERE = {
@@ -135,8 +139,10 @@ def commands(name: str, text: str) -> list[str]:
 def messages(text: str) -> list[str]:
     """Return messages of docs/troubleshooting.md that no string of the source holds."""
     pieces = []
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    # where the package is installed: a wheel's tests run without the checkout's folders
+    places = [Path(place) for name in SOURCES for place in importlib.import_module(name).__path__]
+    for place in places:
+        for path in sorted(place.glob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     pieces.append(re.sub(r"\[/?[a-z ]+\]", "", node.value))
