@@ -45,6 +45,11 @@ OURS: dict[str, list[str]] = {
         ("g64", ["--group-size", "64"]),
         ("g32", ["--group-size", "32"]),
         ("mxfp4", ["--format", "mxfp4"]),
+        *(
+            (f"int{bits} g{group}", ["--bits", bits, "--group-size", group])
+            for bits in "32"
+            for group in ("64", "32")
+        ),
     )
     for method, options in (
         ("RTN", ["--method", "rtn"]),
@@ -55,11 +60,14 @@ OURS: dict[str, list[str]] = {
         ("GPTQ + polish", ["--method", "gptq", "--polish", POLISH]),
         ("AWQ+GPTQ + polish", ["--method", "awq+gptq", "--polish", POLISH]),
     )
-    if name != "mxfp4" or method in ("RTN", "GPTQ", "GPTQ + polish")
+    if name in ("g64", "g32")
+    or method in ("RTN", "GPTQ", "GPTQ + polish")
+    or (name.startswith("int") and method in ("AWQ", "AWQ+GPTQ"))
 }
 OURS["RTN mxfp4 ceil"] = ["--method", "rtn", "--format", "mxfp4", "--set", "scale=ceil"]
 # what four times the text buys at the same bits
 OURS["GPTQ g64, 131072 calibration tokens"] = ["--method", "gptq", "--group-size", "64", "--tokens", "131072"]
+OURS["GPTQ int3 g64, 131072 calibration tokens"] = ["--bits", "3", "--group-size", "64", "--tokens", "131072"]
 # experts that see fewer than 50 tokens
 OURS["GPTQ g64, 256 calibration tokens"] = [
     "--method",

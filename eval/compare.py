@@ -27,7 +27,7 @@ from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.divergence import PerToken, check_pair, compare_states, details, summarize
-from gptoss_quantize.eval.examples import answer, load_model, too_large
+from gptoss_quantize.eval.examples import EXAMPLE, answer, load_model, too_large
 from gptoss_quantize.eval.experts import compare_experts
 from gptoss_quantize.eval.identity import check_kinship, cost, fingerprint, pair_warnings
 from gptoss_quantize.eval.paired import compare_answers, fallen
@@ -209,7 +209,7 @@ def expert_level(
 
 def example_level(model: Model, settings: Settings, start: Start) -> Any:
     """Return {"value": answers of `examples.answer`, "seconds", and "left_out": why there are none}."""
-    kept = model.kept("examples", settings.prompts, settings.new_tokens)
+    kept = model.kept("examples", settings.prompts, settings.new_tokens, EXAMPLE.settings(), EXAMPLE.seed)
     reason = None
     if not settings.prompts:
         reason = "not asked for"
@@ -365,6 +365,7 @@ def _settings(settings: Settings) -> dict[str, Any]:
         "expert_tokens": settings.expert_tokens,
         "noise_floor": settings.noise_floor,
         "prompts": list(settings.prompts),
+        "sampling": asdict(EXAMPLE),
         "new_tokens": settings.new_tokens,
         "margin": settings.margin,
     }

@@ -19,7 +19,7 @@ LARGEST_SHARE = 0.5
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Write two sentences about the sea.",
-    "Name three animals that can fly.",
+    "What is the difference between a dog and a wolf?",
 )
 
 
@@ -78,6 +78,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# of example answers: the likeliest token every time ends in loops with small models, which says little about either
+EXAMPLE = Sampling(temperature=0.3, top_p=0.9, seed=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +175,15 @@ def continuation(
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...], new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return {"prompt", "answer", "tokens", "seconds", "answer_seconds"} per prompt, in the chat template if any."""
+    """Return {"prompt", "answer", "tokens", "seconds", "answer_seconds"} per prompt, in the chat template if any.
+
+    Each is drawn from the same seed, so that a model gives the same answers every time.
+    """
     out = []
     for prompt in prompts:
         inputs = ask(prompt, tokenizer, "an example", raw=tokenizer.chat_template is None)
         started = time.perf_counter()
-        made = continuation(model, inputs, new_tokens)
+        made = continuation(model, inputs, new_tokens, sampling=EXAMPLE)
         out.append(
             {
                 "prompt": prompt,

@@ -9,14 +9,12 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.model_card import model_card
 from gptoss_quantize.eval.ranking import rank
 from gptoss_quantize.eval.verdict import CEILING_KL, LEAST_TOP1, WORDS, points
@@ -58,12 +56,6 @@ FILTERS = {
     "points": lambda value: f"{value:g}",
     "mib": lambda count: f"{(count or 0) / 2**20:,.0f}",
 }
-
-
-def need_matplotlib() -> None:
-    """Raise InputError where the library that draws is missing, before hours of computation."""
-    if find_spec("matplotlib") is None:
-        raise InputError("the report needs matplotlib, which is not installed; pip install 'gptoss-quantize[eval]'")
 
 
 def figures(record: dict[str, Any]) -> dict[str, list[Figure]]:
@@ -166,6 +158,11 @@ def whole_sentences(text: str) -> str:
     return text + " …"
 
 
+def spoken(said: dict[str, Any], new_tokens: int) -> str:
+    """Return an example answer as it is shown: one that was cut at `new_tokens` to its last whole sentence."""
+    return whole_sentences(said["answer"]) if said["tokens"] >= new_tokens else str(said["answer"]).strip()
+
+
 def spoken_speed(entry: dict[str, Any]) -> float | None:
     """Return tokens/s of a model's example answers, from first token to last; None where not measured."""
     seconds = sum(e.get("answer_seconds") or 0 for e in entry["examples"])
@@ -200,8 +197,7 @@ def render(record: dict[str, Any]) -> str:
     def shown(entry: dict[str, Any], number: int) -> str:
         if not entry["examples"]:
             return f"No answer: {entry['examples_left_out']}."
-        given = entry["examples"][number]
-        return whole_sentences(given["answer"]) if given["tokens"] >= new_tokens else given["answer"].strip()
+        return spoken(entry["examples"][number], new_tokens)
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS

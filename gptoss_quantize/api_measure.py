@@ -16,7 +16,7 @@ from gptoss_quantize.eval.fidelity import fidelity
 from gptoss_quantize.eval.model_card import compared, evaluated
 from gptoss_quantize.eval.network import check_reachable
 from gptoss_quantize.eval.profiles import Wanted, name_candidates
-from gptoss_quantize.eval.report import need_matplotlib, write_report
+from gptoss_quantize.eval.report import write_report
 from gptoss_quantize.model_card import hub_name, put_results
 from gptoss_quantize.results import Comparison, Evaluation
 from gptoss_quantize.terminal import showing
@@ -101,7 +101,7 @@ def compare(
     """Compare checkpoints with the unquantized model: texts, tasks, experts, examples, cost; write a report.
 
     Into `out` go report.html, report.json, README.md and the tasks. What was computed stays in `out`/cache: a run
-    that was interrupted, or that has one more candidate, computes what is missing. Needs the extra `eval`.
+    that was interrupted, or that has one more candidate, computes what is missing. Tasks need the extra `eval`.
 
     Args:
         candidates: as for `evaluate`.
@@ -142,7 +142,6 @@ def compare(
         expert_tokens=expert_tokens,
         examples=examples,
     ).settings()
-    need_matplotlib()
     base, dest = open_checkpoint(baseline, adapter, revision), Path(out)
     opened = _open(candidates, model_card)
     tell_notes(progress, base, *opened.values())

@@ -44,21 +44,35 @@ def demo_model(
 
 def demo(
     out: Annotated[Path, typer.Argument(help="Directory for models, checkpoints and results.")] = Path("demo-out"),
-    methods: Annotated[str, typer.Option(help="Comma-separated methods to compare.")] = "rtn,rtn-signed,awq,gptq",
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods with commas between, the quickest first; gptq-int3 and gptq-int2 for fewer bits."),
+    ] = "rtn,awq,gptq,gptq-int3",
     tokens: Annotated[int, typer.Option(min=512, help="Calibration tokens.")] = 32768,
     eval_tokens: Annotated[int, typer.Option(min=1024, help="Held-out tokens.")] = 8192,
     experts: Annotated[int, typer.Option(min=2)] = 8,
     wheel: WheelOpt = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo at OUT.")] = False,
 ) -> None:
-    """Make the demo model, quantize it with every method, compare them, and let the best one speak."""
-    from gptoss_quantize.demo.tour import RESULTS, run_demo
+    """Make a small real model, quantize it, hear it speak; then every method, compared, and a report.
 
+    The first method's numbers and answer come after a minute or two, the rest after a quarter of an hour.
+    """
     names = [name.strip() for name in methods.split(",")]
-    if unknown := sorted(set(names) - {m.value for m in Method}):
+    known = {f"{m.value}{bits}" for m in Method for bits in ("", "-int3", "-int2")} - {
+        "rtn-signed-int3",
+        "rtn-signed-int2",
+    }
+    if unknown := sorted(set(names) - known):
         raise typer.BadParameter(
-            f"unknown {unknown}; known: {', '.join(m.value for m in Method)}", param_hint="--methods"
+            f"unknown {unknown}; known: {', '.join(m.value for m in Method)}, with -int3 or -int2 after it",
+            param_hint="--methods",
         )
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"{methods} names a method twice", param_hint="--methods")
+    from gptoss_quantize.demo.tour import REPORT, RESULTS, folder, run_demo
+
+    printed = Console()
     with showing(True) as show:
         record = run_demo(
             out,
@@ -69,20 +83,47 @@ def demo(
             wheel=wheel,
             overwrite=overwrite,
             progress=show,
+            first=lambda act: _print_first(printed, act, more=len(names) > 1),
         )
-    printed = Console()
     printed.print(demo_table(out / "model", record))
-    for name, answer in record["answers"].items():
-        printed.print(f"[bold]{name}:[/bold] {escape(answer)}", highlight=False)
-    printed.print(f"{record['total_seconds']:.0f} s in all; numbers in {escape(str(out / RESULTS))}")
+    best = min(names, key=lambda name: record["results"][name]["kl_mean"])
+    for prompt in record["answers"]["unquantized"]:
+        _print_answers(printed, prompt, {n: record["answers"][n][prompt] for n in ("unquantized", names[0], best)})
+    printed.print(
+        f"{record['total_seconds']:.0f} s in all. For curves and all answers open {escape(str(out / REPORT[0]))} in "
+        f"a browser; numbers in {escape(str(out / RESULTS))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    printed.print(f"try: gptoss-quantize chat {escape(str(out / folder(best)))}", highlight=False, soft_wrap=True)
+
+
+def _print_answers(printed: Console, prompt: str, answers: dict[str, str]) -> None:
+    printed.print(f"\n[bold]{escape(prompt)}[/bold]", highlight=False)
+    for name, said in answers.items():
+        printed.print(f"[bold]{escape(name)}:[/bold] {escape(said)}", highlight=False)
+
+
+def _print_first(printed: Console, act: dict[str, Any], *, more: bool) -> None:
+    """Print what the first method gave, while the others are still to come."""
+    name, result = act["method"], act["result"]
+    printed.print(
+        f"\nAfter {act['seconds']:.0f} s, [bold]{escape(name)}[/bold] on {result['tokens']} tokens: KL divergence "
+        f"{result['kl_mean']:.4f}, the same next token {100 * result['top1_agreement']:.1f} % of the time, "
+        f"perplexity {result['baseline_perplexity']:.2f} before and {result['perplexity']:.2f} after.",
+        highlight=False,
+    )
+    _print_answers(printed, act["prompt"], act["answers"])
+    if more:
+        printed.print("\nNow the other methods, calibrated on text, and the whole comparison.", highlight=False)
 
 
 def demo_table(model: Path, record: dict[str, Any]) -> Table:
     """Return the comparison table of a demo, at most 80 columns wide: a row per method."""
     speeds = {name: "" if speed is None else f"{speed:.1f}" for name, speed in record["tokens_per_second"].items()}
     table = Table(
-        title="int4 experts, group 64, against the unquantized model",
-        caption="tok/s: of the answer below, on the processor. s: quantizing. peak: MiB of memory, so far",
+        title="quantized experts, group 64, against the unquantized model",
+        caption="tok/s: of the answers, on the processor. s: quantizing. peak: MiB of memory, so far",
         box=SIMPLE,
         padding=(0, 0, 0, 1),
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from gptoss_quantize import cli, cli_models
 from gptoss_quantize.demo import tour
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.eval.examples import PROMPTS
 from gptoss_quantize.files import MARK, read_mark
 
 THESIS = "three years of work"
@@ -49,23 +50,54 @@ def whole(folder: Path) -> dict[str, bytes]:
 
 def test_a_demo_writes_marked_directories_and_its_numbers(demo, tmp_path):
     phases = set()
-    record = demo(tmp_path / "deep" / "out", progress=lambda phase, done, total: phases.add(phase))
     out = tmp_path / "deep" / "out"
-    assert sorted(path.name for path in out.iterdir()) == [MARK, "demo.json", "int4-rtn", "model"]
+    record = demo(out, progress=lambda phase, done, total: phases.add(phase), methods=["rtn", "rtn-int3"])
+    assert sorted(path.name for path in out.iterdir()) == [
+        MARK, "demo.json", "int3-rtn", "int4-rtn", "model", "report.html", "report.json",
+    ]  # fmt: skip
     assert json.loads((out / "demo.json").read_text()) == json.loads(json.dumps(record))
-    assert record["results"].keys() == record["reports"].keys() == {"rtn"}
-    assert record["answers"].keys() == {"unquantized", "rtn"} and record["total_seconds"] > 0
-    # both spoke, for more than a token and less than all of the time
+    assert record["results"].keys() == record["reports"].keys() == {"rtn", "rtn-int3"}
+    bits = {name: report["expert_bits_per_weight"] for name, report in record["reports"].items()}
+    assert bits == {"rtn": 4.25, "rtn-int3": 3.25}
+    # three bits err more than four, on the same tokens
+    assert 0 < record["results"]["rtn"]["kl_mean"] < record["results"]["rtn-int3"]["kl_mean"]
+    assert record["answers"].keys() == {"unquantized", "rtn", "rtn-int3"} and record["total_seconds"] > 0
+    assert all(tuple(said) == PROMPTS for said in record["answers"].values())
+    # all spoke, for more than a token and less than all of the time
     for speed in record["tokens_per_second"].values():
-        assert tour.ANSWER / record["total_seconds"] < speed < 1e5
+        assert 1 / record["total_seconds"] < speed < 1e5
     assert record["tokens_per_second"].keys() == record["answers"].keys()
     assert read_mark(out)["command"] == "demo"
-    assert phases == {
+    assert phases >= {
         "demo model: layer",
         "can it predict text? layer",
         "rtn int4 group 64: layer",
+        "rtn int3 group 64: layer",
         "evaluate: layer",
     }
+
+
+def test_the_first_act_comes_before_the_second_begins(demo, tmp_path):
+    seen = []
+    record = demo(
+        tmp_path / "out",
+        methods=["rtn", "rtn-signed"],
+        progress=lambda phase, done, total: seen.append(phase.split(" ")[0]),
+        first=lambda act: seen.append(act),
+    )
+    (act,) = [entry for entry in seen if isinstance(entry, dict)]
+    at = seen.index(act)
+    assert "rtn" in seen[:at] and "evaluate:" in seen[:at] and "rtn-signed" not in seen[:at]
+    assert "rtn-signed" in seen[at:] and "evaluate:" not in seen[at:]
+    assert act == record["first"] and act["method"] == "rtn" and act["prompt"] == PROMPTS[0]
+    assert act["answers"].keys() == {"unquantized", "rtn"} and act["seconds"] < record["total_seconds"]
+    # fewer tokens of the same text
+    assert act["result"]["tokens"] <= record["results"]["rtn"]["tokens"]
+
+
+def test_answers_are_the_same_every_time(demo, tmp_path):
+    one, other = (demo(tmp_path / name) for name in ("one", "other"))
+    assert one["answers"] == other["answers"] and one["first"]["answers"] == other["first"]["answers"]
 
 
 def test_an_earlier_demo_is_replaced_only_when_told(demo, tmp_path):
@@ -78,7 +110,9 @@ def test_an_earlier_demo_is_replaced_only_when_told(demo, tmp_path):
     assert whole(out) == before
     # other methods than before
     demo(out, overwrite=True, methods=["rtn-signed"])
-    assert sorted(path.name for path in out.iterdir()) == [MARK, "demo.json", "int4-rtn-signed", "model"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        MARK, "demo.json", "int4-rtn-signed", "model", "report.html", "report.json",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -167,12 +201,19 @@ def test_the_command_prints_table_and_answers(demo, tmp_path, monkeypatch, capsy
         return int(stop.value.code or 0), *capsys.readouterr()
 
     code, printed, _ = run()
-    assert code == 0 and "int4 experts, group 64, against the unquantized model" in printed
-    assert "rtn" in printed and "4.25" in printed and "unquantized:" in printed
-    assert f"numbers in {out}/demo.json" in printed
+    assert code == 0 and "quantized experts, group 64, against the unquantized model" in printed
+    first, table = printed.index("tokens: KL divergence"), printed.index("quantized experts, group 64")
+    assert first < printed.index("unquantized:") < table < printed.rindex("unquantized:")
+    assert "rtn" in printed and "4.25" in printed and "Now the other methods" not in printed
+    assert f"open {out}/report.html in a browser; numbers in {out}/demo.json" in printed
+    assert (out / "report.html").is_file() and f"try: gptoss-quantize chat {out}/int4-rtn" in printed
     code, printed, err = run()
     assert (code, printed) == (1, "") and "--overwrite" in err
     assert run("--overwrite")[0] == 0
+    code, _, err = run("--methods", "rtn,gptq-int5")
+    assert code == 2 and "gptq-int5" in err and "-int3" in err
+    code, _, err = run("--methods", "rtn,rtn")
+    assert code == 2 and "twice" in err
 
 
 def test_the_table_fits_80_columns(tmp_path):

@@ -84,17 +84,30 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
-def check(x, index, prob, packed, isa, dtype, bounds=BOUNDS) -> None:
-    """The error is at most twice that of the same block in plain torch of the same dtype, and small."""
+def held(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Return x [T, D] as the kernels hold 16-bit activations: integers of 16 bits times a power of two per group."""
+    groups = x.double().reshape(len(x), -1, group)
+    step = 2.0 ** (groups.abs().amax(-1, keepdim=True).clamp(min=1e-300).log2().ceil() - 15)
+    return ((groups / step).round().clamp(-(2**15), 2**15 - 1) * step).reshape(x.shape)
+
+
+def check(x, index, prob, packed, isa, dtype) -> None:
+    """The error is at most twice that of the same block in plain torch of the same dtype, and small.
+
+    A float16 value beside an outlier has more bits than the kernels hold: what that alone costs is allowed too.
+    """
     x, prob = x.to(dtype), prob.to(dtype)
     want = exact(x, index, prob, packed)
+    allowed = BOUNDS[dtype]
+    if dtype == torch.float16:
+        allowed += float((exact(held(x, packed.group), index, prob, packed) - want).norm() / want.norm())
     got = experts_op.experts_native(x, index, prob, packed, LIMIT, ALPHA, isa)
     assert got.dtype == dtype
     assert got.isfinite().all()
     error = float((got.double() - want).norm() / want.norm())
     plain = experts_torch(x, index, prob, packed, LIMIT, ALPHA)
     assert error <= 2 * float((plain.double() - want).norm() / want.norm()), error
-    assert error <= bounds[dtype]
+    assert error <= allowed
 
 
 @needs_compiler
@@ -115,8 +128,7 @@ def test_each_instruction_set_is_the_definition(isa, dtype, tokens, hidden, widt
 def test_each_instruction_set_is_the_definition_below_four_bits(isa, dtype, bits, hidden, width, group):
     packed = random_experts(8, hidden, width, group, bits=bits)
     for tokens in (1, 3, 8, 33):
-        # float16 keeps 15 bits of a group's largest, and a code of 0 is frequent where the outlier is
-        check(*random_tokens(tokens, hidden), packed, isa, dtype, BOUNDS | {torch.float16: 1e-3})
+        check(*random_tokens(tokens, hidden), packed, isa, dtype)
 
 
 @needs_compiler

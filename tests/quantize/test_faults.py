@@ -62,6 +62,20 @@ def stopped_after(layer):
     return stop
 
 
+@pytest.mark.parametrize(("number_format", "layer"), [("int3", 0), ("int2", 1)])
+def test_resumed_below_four_bits(tiny, tmp_path, number_format, layer):
+    source, tokens, options = tiny.path("bf16"), tiny.tokens(8), {"format": number_format, "group_size": 32}
+    quantize(source, tmp_path / "whole", tokens, **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", tokens, stopped_after(layer), **options)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="format"):
+        quantize(source, tmp_path / "out", tokens, resume=True, group_size=32)
+    quantize(source, tmp_path / "out", tokens, resume=True, **options)
+    assert Checkpoint(tmp_path / "out").expert_format == number_format
+    assert files(tiny, tmp_path / "out") == files(tiny, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("place", ["the first shard", "hidden states", "a layer's shard"])
 def test_disk_full(tiny, tmp_path, undisturbed, full_disk, place):
     # no file may grow beyond what lies between the sizes of these three

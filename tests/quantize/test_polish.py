@@ -231,8 +231,11 @@ def test_no_step_sees_a_sequence_twice_where_the_text_is_as_long_as_asked_for(ro
     assert report["rounds"] <= 1
 
 
-@pytest.mark.parametrize(("kind", "options"), [("float32", {}), ("bf16", {"format": "mxfp4", "group_size": 32})])
-def test_a_whole_polish_of_other_norms_and_of_mxfp4(tiny, tmp_path, kind, options):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("float32", {}), ("bf16", {"format": "mxfp4", "group_size": 32}), ("float32", {"format": "int3"})],
+)
+def test_a_whole_polish_of_other_norms_and_formats(tiny, tmp_path, kind, options):
     # three steps on a few tokens help or not: what is written must be whole either way, and other text be no worse
     source = Checkpoint(tiny.path(kind))
     job = Job(

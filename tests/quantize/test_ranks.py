@@ -29,6 +29,7 @@ SCENARIOS = [
     {"ranks": 2, "method": "awq+gptq", "dest": "folded", "dtype": "bfloat16"},
     {"ranks": 2, "method": "gptq", "dest": "polished", "polish": 2},
     {"ranks": 2, "method": "rtn", "dest": "apart", "apart": 1},
+    {"ranks": 2, "method": "gptq", "dest": "three bits", "format": "int3"},
 ]
 
 
@@ -74,7 +75,14 @@ def files(tiny, path):
 
 @pytest.mark.parametrize(
     ("number", "dest", "method"),
-    [(0, "two", "gptq"), (2, "lost", "gptq"), (3, "rounded", "rtn"), (6, "fused", "rtn"), (7, "folded", "awq+gptq")],
+    [
+        (0, "two", "gptq"),
+        (2, "lost", "gptq"),
+        (3, "rounded", "rtn"),
+        (6, "fused", "rtn"),
+        (7, "folded", "awq+gptq"),
+        (10, "three bits", "gptq"),
+    ],
 )
 def test_the_same_bits_as_one_process(tiny, ran, single, number, dest, method):
     root, messages = ran
@@ -121,7 +129,7 @@ def test_what_rank_0_refuses_is_refused_by_all(ran):
 
 
 def test_nothing_is_left_behind(ran):
-    kept = ["apart.partial", "folded", "fused", "lost", "other.partial", "polished", "rounded", "two"]
+    kept = ["apart.partial", "folded", "fused", "lost", "other.partial", "polished", "rounded", "three bits", "two"]
     assert sorted(p.name for p in ran[0].iterdir()) == kept
 
 

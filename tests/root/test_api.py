@@ -94,7 +94,6 @@ def test_import_of_what_was_exported(tiny, made, text, tmp_path):
 
 @pytest.mark.parametrize("dense", ["source", "int8"])
 def test_compare_writes_a_report_for_every_form(tiny, made, text, tmp_path, dense):
-    pytest.importorskip("matplotlib")
     candidates = {"ours": made[dense].path, "mx": tiny.path("mxfp4")}
     amounts = {"text_tokens": 96, "seq_len": 48, "expert_tokens": 48, "examples": 1}
     done = gq.compare(candidates, tiny.path("bf16"), tmp_path / "report", text=text, tasks="none", **amounts)
