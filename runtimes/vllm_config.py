@@ -57,6 +57,11 @@ class GptossQuantizeConfig(QuantizationConfig):
     ) -> str | None:
         """Return our name for a checkpoint with our marker, None for every other one."""
         if rules.marked(hf_config) is not None:
+            if not rules.speaks_harmony(hf_config.vocab_size):
+                # here, since vLLM fills in its defaults for gpt-oss right after this question
+                from gptoss_quantize.runtimes.vllm_chat import use_chat_template
+
+                use_chat_template()
             return rules.NAME
         if isinstance(hf_quant_cfg, dict) and hf_quant_cfg.get("quant_method") == rules.NAME:
             raise InputError(

@@ -54,6 +54,12 @@ SEAMS = (
     ),
     (LAYERS + "fused_moe/routed_experts.py", "RoutedExperts", "expert_map", "self"),
     (
+        "vllm/model_executor/models/config.py",
+        "GptOssForCausalLMConfig",
+        "verify_and_update_config",
+        "vllm_config",
+    ),
+    (
         LAYERS + "vocab_parallel_embedding.py",
         "VocabParallelEmbedding",
         "__init__",
@@ -77,6 +83,10 @@ TEXTS = (
     ("vllm/model_executor/models/gpt_oss.py", '".embed_tokens.weight": ".embedding.weight"'),
     ("vllm/config/vllm.py", "hf_config=model_config.hf_config"),
     ("vllm/config/model.py", "hf_config=self.hf_config"),
+    ("vllm/config/vllm.py", "cls = MODELS_CONFIG_MAP.get(architecture, None)"),
+    ("vllm/model_executor/models/config.py", '"GptOssForCausalLM": GptOssForCausalLMConfig'),
+    ("vllm/model_executor/models/config.py", 'structured_outputs_config.reasoning_parser = "openai_gptoss"'),
+    ("vllm/renderers/online_renderer.py", 'self.use_harmony = model_config.hf_config.model_type == "gpt_oss"'),
     (LAYERS + "fused_moe/runner/moe_runner.py", "self._quant_method.moe_kernel is not None"),
 )
 

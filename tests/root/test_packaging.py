@@ -78,7 +78,7 @@ def test_every_module_imports(package):
     names = [module.name for module in iter_modules([str(folder(package))])]
     assert names or package not in FOLDERS_BELOW
     # the parts of the plugin that vLLM imports, where it is installed (docs/vllm.md)
-    inside = {"vllm_config", "vllm_dense", "vllm_experts", "vllm_model"}
+    inside = {"vllm_chat", "vllm_config", "vllm_dense", "vllm_experts", "vllm_model"}
     for name in names if find_spec("vllm") else set(names) - inside:
         import_module(f"{package}.{name}")
 
