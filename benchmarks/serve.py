@@ -4,9 +4,10 @@
 
 Needs an environment with vLLM and `openai` (`make check-vllm` makes one); on a CPU, a machine without other work.
 Every checkpoint gets a server of its own with the same options, one after the other, and the same prompts: pieces of
-docs/*.md, each asked once, so that prefix caching does not help. Answers are of a fixed length (`ignore_eos`),
-streamed; the first round of each server is not counted. Memory is the proportional set size (PSS) of the server's
-processes, weights, KV cache and Python together, after the rounds; "weights" is what lies in the files.
+docs/*.md, each asked once, so that prefix caching does not help; at the end the last ones are asked again, where it
+does. Answers are of a fixed length (`ignore_eos`), streamed; the first round of each server is not counted. Memory is
+the proportional set size (PSS) of the server's processes, weights, KV cache and Python together, after the rounds;
+"weights" is what lies in the files.
 """
 
 import argparse
@@ -109,6 +110,7 @@ def measure(path: Path, asked: argparse.Namespace) -> dict[str, Any]:
             prompts = [ids[place + i * asked.prompt :][: asked.prompt] for i in range(clients)]
             place += clients * asked.prompt
             found[f"{clients} client(s)"] = asyncio.run(round_of(address, prompts, asked.new))
+        found["again"] = asyncio.run(round_of(address, prompts, asked.new))
         found["pss_gib"] = memory(process)
     finally:
         process.terminate()
@@ -136,6 +138,7 @@ def main() -> None:
                 f"{name:12} {clients} client(s): {numbers['tokens_per_second']:7.2f} tokens/s, first token after "
                 f"{numbers['first_token_s']:.2f} s"
             )
+        print(f"{name:12} the same prompts again: first token after {found['again']['first_token_s']:.2f} s")
         print(
             f"{name:12} weights {found['weights_gib']:.2f} GiB, server {found['pss_gib']:.2f} GiB, ready after "
             f"{found['ready_s']:.0f} s",

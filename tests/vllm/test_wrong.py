@@ -92,7 +92,7 @@ def test_the_plugin_agrees(tiny, checkpoint):
     found = {row.what: row for row in verify(asked(tiny, checkpoint(), Checkpoint(tiny.path())), ("vllm",))}
     assert {row.verdict for row in found.values()} == {AGREES, COMPARISON}
     row = found["int4, our plugin"]
-    assert row.verdict == AGREES and row.got.max_difference < 1e-3
+    assert row.verdict == AGREES and row.got.max_difference < 1e-3 and row.got.kl < 1e-6
 
 
 @pytest.mark.parametrize("what", ["halves", "biases", "expert", "slightly"])
