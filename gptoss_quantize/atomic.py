@@ -5,10 +5,11 @@ own remedy, and how to go on afterwards depends on the command (`going_on`).
 """
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,15 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from gptoss_quantize.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +133,8 @@ def save_tensors(
             # safetensors writes a file of its own with mode 0600
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
             temporary.chmod(mode)
-            with temporary.open("rb") as file:
+            # for writing: Windows flushes no other
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
             crc = checksum(temporary)
             before(crc)
@@ -146,7 +154,9 @@ def checksum(path: Path) -> int:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until renames in a folder are on disk."""
+    """Wait until renames in a folder are on disk; Windows, which opens no folders, has no such thing."""
+    if os.name == "nt":
+        return
     place = os.open(path, os.O_RDONLY)
     try:
         os.fsync(place)
@@ -156,13 +166,26 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; the lock is gone when this one ends, however it ends."""
+    """Keep other processes out of a folder; the lock is gone when this one ends, however it ends.
+
+    The folder itself is locked, since it is renamed in the end. Where a system cannot, a file in the user's temporary
+    directory stands for its path.
+    """
+    taken = f"{folder}: another process is writing it; wait for its end, or stop it"
+    if fcntl is None:
+        name = hashlib.sha256(os.path.normcase(os.path.realpath(folder)).encode(errors="surrogateescape")).hexdigest()
+        try:
+            with FileLock(Path(tempfile.gettempdir(), f"gptoss-quantize-{name[:16]}.lock"), timeout=0):
+                yield
+        except Timeout:
+            raise InputError(taken) from None
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing it; wait for its end, or stop it") from None
+            raise InputError(taken) from None
         yield
     finally:
         os.close(handle)

@@ -1,6 +1,7 @@
 """What this machine is and has: the device and dtype to compute in, free memory, and how memory is given back."""
 
 import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,13 +56,18 @@ def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def peak_rss_mib() -> int | None:
-    """Return the process's peak resident memory in MiB since its start; None where /proc does not say."""
+    """Return the process's peak resident memory in MiB since its start; None where the system does not say."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) // 1024
     except OSError:
-        return None
+        if sys.platform == "darwin":
+            import resource  # noqa: PLC0415
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20  # bytes there
+        peak = getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows
+        return None if peak is None else peak >> 20
     return None
 
 

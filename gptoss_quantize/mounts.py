@@ -32,5 +32,7 @@ def out_of_reach(dest: Path) -> bool:
     if is_mount(dest) or not os.access(dest.parent, os.W_OK | os.X_OK):
         return True
     # as in /tmp: only its owner may rename what is there
+    if os.name == "nt":
+        return False
     parent, user = dest.parent.stat(), os.geteuid()
     return bool(parent.st_mode & stat.S_ISVTX) and user not in (0, parent.st_uid, dest.stat().st_uid)

@@ -38,6 +38,8 @@ INSTRUCTION_SETS = {"portable": ()} | (
     if platform.machine() in ("x86_64", "AMD64")
     else {}
 )
+# clang has no -march=native for Arm
+_OWN_PROCESSOR = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 MAX_BLOCK = 128  # kMaxBlock of native_solve.cpp
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 
@@ -73,7 +75,7 @@ def _compile(compiler: str, scratch: Path) -> list[str]:
             return None
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        native = [pool.submit(one, source, source.stem, "-march=native") for source in NATIVE]
+        native = [pool.submit(one, source, source.stem, _OWN_PROCESSOR) for source in NATIVE]
         dots = {name: pool.submit(isa, name, flags) for name, flags in INSTRUCTION_SETS.items()}
         made = {name: path for name, future in dots.items() if (path := future.result())}
         return [
@@ -87,7 +89,9 @@ def _build(compiler: str, make: bool = True) -> Path:
     """Return the compiled library, from the cache or made now; OSError or CalledProcessError where that fails."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     texts = [path.read_text(encoding="utf-8") for path in (*HEADERS, *NATIVE, EXPERTS, DOT)]
-    key = "\0".join([*texts, version, *FLAGS, *LINK, str(INSTRUCTION_SETS), platform.machine(), _processor()])
+    key = "\0".join(
+        [*texts, version, *FLAGS, *LINK, _OWN_PROCESSOR, str(INSTRUCTION_SETS), platform.machine(), _processor()]
+    )
     name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss_quantize"
     if (cache / name).is_file() or not make:

@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import psutil
 import torch
@@ -205,6 +207,17 @@ def make_room(drop: Callable[[], None], limit: int) -> None:
         release_memory()
 
 
+def _take_space(file: IO[bytes], size: int) -> None:
+    """Make a file `size` bytes long that are really there; OSError where they are not to be had."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    piece = bytes(1 << 20)
+    for start in range(0, size, len(piece)):
+        file.write(piece[: size - start])
+    file.flush()
+
+
 class Spill:
     """Tensors in a file without a name: mapped, so they are used like any other, and dropped from memory on request.
 
@@ -215,9 +228,8 @@ class Spill:
     def __init__(self, folder: Path, size: int):
         path = folder / "spill.bin"
         try:
-            with path.open("w+b") as file:
-                path.unlink()
-                os.posix_fallocate(file.fileno(), 0, size)
+            with TemporaryFile(dir=folder) as file:
+                _take_space(file, size)
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise InputError(
@@ -235,7 +247,9 @@ class Spill:
 
     def release(self) -> None:
         """Drop the pages from memory; the data stays in the file, and in the system's cache while there is room."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        # not on Windows, which takes a file's pages back by itself
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def token_arrays(

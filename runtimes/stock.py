@@ -7,6 +7,7 @@ placed tensor by tensor (`eval.whole`). A config that transformers understands o
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,13 +78,24 @@ def linked(checkpoint: Checkpoint, where: Path | None = None) -> Iterator[Path]:
         folder.mkdir()
         weight_map = {name: checkpoint.weights.file(name).name for name in checkpoint.names()}
         for file in checkpoint.files():
-            (folder / file.name).symlink_to(file.resolve())
+            _link(file.resolve(), folder / file.name)
         if set(weight_map.values()) != {"model.safetensors"}:
             index = {"metadata": {}, "weight_map": weight_map}
             (folder / checkpoint.layout.index_name).write_text(json.dumps(index), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(checkpoint.config.raw), encoding="utf-8")
         checkpoint.side.write(folder)
         yield folder
+
+
+def _link(file: Path, place: Path) -> None:
+    """Make `place` another name of a file; a copy where the system allows none, as Windows by default."""
+    for link in (place.symlink_to, place.hardlink_to):
+        try:
+            link(file)
+            return
+        except OSError:
+            continue
+    shutil.copyfile(file, place)
 
 
 def _is_plain(checkpoint: Checkpoint) -> bool:

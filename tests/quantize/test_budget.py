@@ -1,6 +1,7 @@
 """The memory budget: what it resolves to, that results do not depend on it, that a resumed run keeps it."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,7 +134,10 @@ def test_dropping_frees_memory(tmp_path):
     assert float(tensor.sum()) == 16 << 20
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_mapped(tmp_path, full_disk):
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_a_disk_without_room_is_refused_before_anything_is_mapped(tmp_path, full_disk, system, monkeypatch):
+    if system == "macOS":
+        monkeypatch.delattr(os, "posix_fallocate")
     with (
         full_disk(1 << 16),
         pytest.raises(InputError, match=r"spill\.bin: .* cannot be taken .*File too large.* --resume"),
