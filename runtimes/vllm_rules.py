@@ -6,6 +6,7 @@ the attention factor that follows from its own. A config that says otherwise wou
 here it is refused, and a rope without YaRN becomes YaRN with factor 1, which is the same function.
 """
 
+import math
 from typing import Any
 
 from gptoss_quantize.errors import InputError
@@ -59,6 +60,13 @@ def marked(config: Any) -> dict[str, Any] | None:
     return marker
 
 
+def _same(value: Any, known: Any) -> bool:
+    """Return whether a setting is the one known; some configs write a number out from its float32."""
+    if isinstance(value, float) and isinstance(known, float):
+        return math.isclose(value, known, rel_tol=1e-7)
+    return bool(value == known)
+
+
 def check_settings(raw: dict[str, Any]) -> None:
     """Refuse a config (as a dict, defaults filled in) that vLLM's gpt-oss code would serve wrong; InputError."""
     layers = raw["num_hidden_layers"]
@@ -72,7 +80,9 @@ def check_settings(raw: dict[str, Any]) -> None:
         "layer_types": (raw.get("layer_types") or windows, windows),
         "rope_parameters.attention_factor": (rope.get("attention_factor"), None),
     }
-    wrong = [f"{name} is {value!r}, not {known!r}" for name, (value, known) in found.items() if value != known]
+    wrong = [
+        f"{name} is {value!r}, not {known!r}" for name, (value, known) in found.items() if not _same(value, known)
+    ]
     if wrong:
         raise InputError(
             f"config.json: {'; '.join(wrong)}: vLLM's gpt-oss code has that written in and would give wrong answers; "

@@ -87,6 +87,13 @@ def test_settings_that_vllm_has_written_in(change):
         rules.check_settings(config(**change).to_dict())
 
 
+def test_a_number_written_out_from_float32_is_the_same():
+    # the demo model's 1e-5
+    rules.check_settings(config(rms_norm_eps=9.999999747378752e-06, swiglu_alpha=1.7020000219345093).to_dict())
+    with pytest.raises(InputError, match=r"rms_norm_eps is 1\.00001e-05"):
+        rules.check_settings(config(rms_norm_eps=1.00001e-05).to_dict())
+
+
 def test_an_attention_factor_of_its_own_is_refused():
     raw = config().to_dict()
     raw["rope_parameters"]["attention_factor"] = 1.5
