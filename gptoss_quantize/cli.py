@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 refused input (one message, no traceback), 2 usage error, 
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer.core
 from gptoss_quantize import __version__, cli_hub, cli_measure, cli_models, cli_runtimes, cli_sizes, cli_talk
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_exits import StoppedError, one_message
+from gptoss_quantize.cli_help import Command, with_log_format
 from gptoss_quantize.cli_options import (
     AdapterOpt,
     ChatOpt,
@@ -29,9 +31,10 @@ from gptoss_quantize.cli_options import (
     SeedOpt,
     SeqLenOpt,
 )
-from gptoss_quantize.cli_words import print_quantized
+from gptoss_quantize.cli_words import next_step, print_quantized
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.quantize.recipes import format_of
+from gptoss_quantize.terminal import log_session
 
 
 class Commands(typer.core.TyperGroup):
@@ -50,9 +53,8 @@ app = typer.Typer(
     cls=Commands,
     help="Quantize gpt-oss experts to int4 with AWQ and GPTQ, and measure what it cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 
 
@@ -78,17 +80,17 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-@app.command()
 def quantize(
     model: ModelArg,
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
     method: Annotated[
-        Method, typer.Option(help="gptq is the good one, awq the fast one, rtn the yardstick.")
+        Method, typer.Option(case_sensitive=False, help="gptq is the good one, awq the fast one, rtn the yardstick.")
     ] = Method.gptq,
     target: Annotated[
         Format,
         typer.Option(
             "--format",
+            case_sensitive=False,
             help="int4, int3, int2: ours. mxfp4: OpenAI's own. auto: mxfp4 where that keeps every expert exactly.",
         ),
     ] = Format.int4,
@@ -97,10 +99,15 @@ def quantize(
     ] = None,
     group_size: Annotated[
         Group | None,
-        typer.Option(help="Not for mxfp4. 64 (default): int4 has 4.25 bits. 32: 4.5, tensor parallel 2."),
+        typer.Option(
+            case_sensitive=False, help="Not for mxfp4. 64 (default): int4 has 4.25 bits. 32: 4.5, tensor parallel 2."
+        ),
     ] = None,
     dense: Annotated[
-        Dense, typer.Option(help="int8: attention, embedding and head in 8 bits too; our loader, GGUF, vLLM.")
+        Dense,
+        typer.Option(
+            case_sensitive=False, help="int8: attention, embedding and head in 8 bits too; our loader, GGUF, vLLM."
+        ),
     ] = Dense.source,
     calibration: Annotated[
         str, typer.Option(help="default, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][@SPLIT].")
@@ -174,20 +181,27 @@ def quantize(
     )
     if first_rank():
         print_quantized(out, made.report)
+        next_step("chat", out) if written != "mxfp4" else next_step("evaluate", out, "--baseline", model)
 
 
 for _name, _command in (
-    cli_measure.COMMANDS
+    {"quantize": quantize}
+    | cli_measure.COMMANDS
     | cli_models.COMMANDS
     | cli_talk.COMMANDS
     | cli_sizes.COMMANDS
     | cli_runtimes.COMMANDS
     | cli_hub.COMMANDS
 ).items():
-    app.command(_name)(_command)
+    # these talk, or answer at once
+    _long = _name not in ("generate", "chat", "env", "plan")
+    app.command(_name, cls=Command)(with_log_format(_command) if _long else _command)
 
 
 def main() -> None:
     """Run the command line; refused input becomes one message and exit code 1."""
-    with one_message():
+    if not sys.stderr.isatty():
+        # bars of libraries fill a log with thousands of lines; read by tqdm when it is imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    with log_session(), one_message():
         app()

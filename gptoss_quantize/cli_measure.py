@@ -24,6 +24,7 @@ from gptoss_quantize.cli_options import (
     SeqLenOpt,
     TextOpt,
 )
+from gptoss_quantize.cli_words import next_step, number
 from gptoss_quantize.terminal import console
 
 STYLES = {"equivalent": "green", "uncertain": "yellow", "unmeasured": "yellow", "worse": "red", "broken": "bold red"}
@@ -81,9 +82,10 @@ def evaluate(
     table.add_column("standard error", justify="right")
     for name in ("baseline_perplexity", "perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement"):
         error = result.get(name + "_se")
-        table.add_row(name, f"{result[name]:.4f}", "" if error is None else f"{error:.4f}")
+        table.add_row(name, number(result[name]), "" if error is None else number(error))
     print_warnings(found.report)
     Console(emoji=False).print(table)
+    next_step("compare", candidate, "--baseline", baseline, "--report", "report", "--profile", "quick")
 
 
 def print_warnings(record: dict[str, Any]) -> None:
@@ -112,7 +114,7 @@ def compare(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a user's turn.")] = False,
     profile: Annotated[
-        Profile, typer.Option(help="quick: 300 items, 2,048 tokens. full: all, 8,192.")
+        Profile, typer.Option(case_sensitive=False, help="quick: 300 items, 2,048 tokens. full: all, 8,192.")
     ] = Profile.full,
     margin: Annotated[float, typer.Option(min=0, help="Loss of accuracy that does not matter, in points.")] = 2.0,
     expert_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens for the expert section; 0: none.")] = None,
@@ -121,7 +123,7 @@ def compare(
         Path | None, typer.Option(help="PEFT LoRA adapter of the baseline, a directory or hub name.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of matrix products.")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option(case_sensitive=False, help="Dtype of matrix products.")] = Dtype.float32,
     model_card: ModelCardOpt = False,
 ) -> None:
     """Compare checkpoints with the unquantized model and write a report that opens in a browser.

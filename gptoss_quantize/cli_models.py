@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gptoss_quantize.cli_options import Method, WheelOpt
+from gptoss_quantize.cli_words import next_step
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing
 
@@ -40,6 +41,7 @@ def demo_model(
             progress=show,
         )
     console.print(f"[bold]{escape(str(dest))}[/bold] written")
+    next_step("quantize", dest, f"{dest}-int4")
 
 
 def demo(
@@ -95,7 +97,7 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
-    printed.print(f"try: gptoss-quantize chat {escape(str(out / folder(best)))}", highlight=False, soft_wrap=True)
+    next_step("chat", out / folder(best))
 
 
 def _print_answers(printed: Console, prompt: str, answers: dict[str, str]) -> None:
@@ -178,6 +180,7 @@ def synthetic_model(
         f"[bold]{escape(str(dest))}[/bold] written: {facts['layers']} of {facts['of_layers']} layers of "
         f"{escape(like)}, {facts['bytes'] / 1e9:.1f} GB in {facts['seconds']:.0f} s; random weights, it knows nothing"
     )
+    next_step("plan", dest)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

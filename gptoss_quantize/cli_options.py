@@ -59,7 +59,9 @@ RevisionOpt = Annotated[str | None, typer.Option(help="Revision of a hub model."
 SeqLenOpt = Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")]
 SeedOpt = Annotated[int, typer.Option(min=0, help="Seed of the document order.")]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeOpt = Annotated[Dtype, typer.Option(help="Dtype of matrix products; auto is the fastest the device has.")]
+DtypeOpt = Annotated[
+    Dtype, typer.Option(case_sensitive=False, help="Dtype of matrix products; auto is the fastest the device has.")
+]
 ColumnOpt = Annotated[str | None, typer.Option(help="Column with the text or the messages (jsonl, parquet, hf).")]
 ChatOpt = Annotated[bool, typer.Option("--chat-template/--no-chat-template", help="Render messages as chat.")]
 TextOpt = Annotated[str, typer.Option(help="heldout, a .txt/.jsonl/.parquet file, or hf:NAME.")]

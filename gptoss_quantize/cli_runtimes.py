@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_options import TextOpt
+from gptoss_quantize.cli_words import next_step, say_try
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console
 
@@ -45,21 +45,25 @@ class GgufType(StrEnum):
     q8_0 = "q8_0"
 
 
+STYLES = {"agrees": "green", "not checked": "yellow"}
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at DEST.")]
 
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="An int4 or MXFP4 checkpoint, or any gpt-oss directory.")],
     dest: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
-    to: Annotated[Target, typer.Option(help="gguf: llama.cpp, Ollama, LM Studio. bf16: loads everywhere.")],
-    dtype: Annotated[FloatType, typer.Option(help="With bf16: the experts' dtype; float16 is exact.")] = (
-        FloatType.bfloat16
-    ),
+    to: Annotated[
+        Target, typer.Option(case_sensitive=False, help="gguf: llama.cpp, Ollama, LM Studio. bf16: loads everywhere.")
+    ],
+    dtype: Annotated[
+        FloatType, typer.Option(case_sensitive=False, help="With bf16: the experts' dtype; float16 is exact.")
+    ] = (FloatType.bfloat16),
     dense_type: Annotated[
-        GgufType, typer.Option(help="With gguf: type of attention, embedding and head.")
+        GgufType, typer.Option(case_sensitive=False, help="With gguf: type of attention, embedding and head.")
     ] = GgufType.stored,
     expert_type: Annotated[
-        GgufType, typer.Option(help="With gguf: type of the experts; stored keeps codes and scales.")
+        GgufType,
+        typer.Option(case_sensitive=False, help="With gguf: type of the experts; stored keeps codes and scales."),
     ] = GgufType.stored,
     overwrite: OverwriteOpt = False,
 ) -> None:
@@ -88,6 +92,10 @@ def export(
             f"{share:.1%} of the expert weights were rounded to {report['dtype']}, by at most "
             f"{report['largest_relative_rounding']:.1e} of their value; --dtype float16 holds them exactly"
         )
+    if to is Target.gguf:
+        say_try("llama-server", "-m", dest / "model.gguf", "-c", "8192")
+    else:
+        next_step("verify", dest, "--baseline", checkpoint) if to is Target.bf16 else None
 
 
 class Split(StrEnum):
@@ -108,11 +116,15 @@ class ImportTarget(StrEnum):
 def import_(
     source: Annotated[Path, typer.Argument(help="int4 gpt-oss of GPTQModel, llm-compressor, AutoRound, ...")],
     out: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
-    to: Annotated[ImportTarget, typer.Option(help="int4: ours, no rounding. bf16: also holds asymmetric codes.")] = (
-        ImportTarget.int4
-    ),
+    to: Annotated[
+        ImportTarget,
+        typer.Option(case_sensitive=False, help="int4: ours, no rounding. bf16: also holds asymmetric codes."),
+    ] = (ImportTarget.int4),
     split: Annotated[
-        Split, typer.Option(help="gate_proj is the even rows (interleaved) or the first half (halves).")
+        Split,
+        typer.Option(
+            case_sensitive=False, help="gate_proj is the even rows (interleaved) or the first half (halves)."
+        ),
     ] = Split.detect,
     text: TextOpt = "heldout",
     tokens: Annotated[int, typer.Option(min=512, help="Tokens of text that settle the split.")] = 1024,
@@ -129,6 +141,7 @@ def import_(
         source, out, to.value, split=split.value, text=text, tokens=tokens, overwrite=overwrite, progress=True
     ).report
     print_import(out, report)
+    next_step("verify", out) if to is ImportTarget.int4 else next_step("quantize", out, f"{out}-int4")
 
 
 def print_import(out: Path, report: dict[str, Any]) -> None:
@@ -193,32 +206,34 @@ def verify(
         progress=True,
     )
     early.write_file(json_out, found.report)
-    Console(emoji=False).print(verify_table(checkpoint, baseline, found.report))
+    print_verified(checkpoint, baseline, found.report, Console(emoji=False))
     if found.disagreeing:
         raise typer.Exit(1)
+    next_step("generate", checkpoint, "--prompt", "Why is the sky blue?")
 
 
-def verify_table(checkpoint: Path, baseline: str | None, rows: list[dict[str, Any]]) -> Table:
-    """Return the table of `verify`."""
-    title = escape(f"{checkpoint} against our float32 reference; noise from {baseline or 'no baseline'}")
-    table = Table(title=title, box=SIMPLE)
-    numbers = ("max diff", "mean diff", "KL", "noise KL", "top-1")
-    for name in ("runtime", "what", *numbers, "verdict", "note"):
-        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=name == "verdict")
+def print_verified(checkpoint: Path, baseline: str | None, rows: list[dict[str, Any]], printed: Console) -> None:
+    """Print what `verify` found, a few lines for each runtime, which 80 columns hold whole."""
+    printed.print(
+        f"[bold]{escape(str(checkpoint))}[/bold] against our float32 reference; noise from "
+        f"{escape(baseline or 'no baseline')}",
+        highlight=False,
+    )
     for row in rows:
-        got, noise = row["got"], row["noise"]
-        cells = ("",) * 5
-        if got:
-            own = "" if noise is None else f"{noise['kl']:.2e}"
-            cells = (
-                f"{got['max_difference']:.2e}",
-                f"{got['mean_difference']:.2e}",
-                f"{got['kl']:.2e}",
-                own,
-                f"{100 * got['top1']:.1f} %",
+        style = STYLES.get(row["verdict"], "bold red")
+        printed.print(
+            f"\n[bold]{row['runtime']}[/bold] {escape(row['what'])}: [{style}]{row['verdict']}[/{style}]",
+            highlight=False,
+        )
+        if got := row["got"]:
+            noise = "" if row["noise"] is None else f" (noise {row['noise']['kl']:.1e})"
+            printed.print(
+                f"  KL {got['kl']:.1e}{noise}, top-1 {100 * got['top1']:.1f} %, difference of log-probabilities "
+                f"{got['mean_difference']:.1e}, at most {got['max_difference']:.1e}",
+                highlight=False,
             )
-        table.add_row(row["runtime"], row["what"], *cells, row["verdict"], escape(row["note"]))
-    return table
+        if row["note"]:
+            printed.print(Padding(escape(row["note"]), (0, 0, 0, 2)), highlight=False)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "import": import_, "verify": verify}

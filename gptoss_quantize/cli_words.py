@@ -1,5 +1,6 @@
 """What is said of a quantization when it is done."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,21 @@ from rich.markup import escape
 
 from gptoss_quantize import advice
 from gptoss_quantize.terminal import console
+
+
+def next_step(command: str, *words: object) -> None:
+    """Say on stderr what to try next, as a line that can be copied."""
+    say_try("gptoss-quantize", command, *words)
+
+
+def say_try(*words: object) -> None:
+    """Say on stderr which command to try next."""
+    console.print(f"try: {escape(shlex.join(map(str, words)))}", highlight=False, soft_wrap=True)
+
+
+def number(value: float) -> str:
+    """Return a measure in four decimals, or with an exponent where these say nothing."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def print_quantized(out: Path, report: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.logged import choose, lines, log_format, restored
 from gptoss_quantize.progress import Progress, name_of, silent
 
 NOTEBOOK_SHELL = "ZMQInteractiveShell"
@@ -37,7 +38,7 @@ def tell(progress: Progress | bool | None, words: str, *, alarm: bool = False) -
 def showing(progress: Progress | bool | None) -> Iterator[Progress]:
     """Yield the receiver that `progress=` stands for: itself, a bar for True, nothing for None and False."""
     if progress is True:
-        with notebook() if in_notebook() else bars() as shown:
+        with notebook() if in_notebook() else bars() if has_bars() else lines() as shown, others_quiet():
             yield shown
     elif not progress:
         yield silent
@@ -45,6 +46,46 @@ def showing(progress: Progress | bool | None) -> Iterator[Progress]:
         yield progress
     else:
         raise InputError(f"progress {progress!r}: expected a function of (phase, done, total), True or None")
+
+
+def choose_log(name: str) -> None:
+    """Say progress and messages as auto, plain or json, until the session ends."""
+    choose(name)
+    # a message is one object, however long
+    console.soft_wrap = name == "json"
+
+
+@contextmanager
+def log_session() -> Iterator[None]:
+    """Run one command line: what it chooses about messages ends with it."""
+    with restored():
+        try:
+            yield
+        finally:
+            console.soft_wrap = False
+
+
+def has_bars() -> bool:
+    """Return whether progress is a bar: on a terminal that can move its cursor, where nobody asked for lines."""
+    return log_format() == "auto" and console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def others_quiet() -> Iterator[None]:
+    """Keep bars of transformers and datasets out of ours while it lasts."""
+    hushed = []
+    for module, on, off in (
+        ("transformers.utils.logging", "enable_progress_bar", "disable_progress_bar"),
+        ("datasets.utils", "enable_progress_bars", "disable_progress_bars"),
+    ):
+        if (found := sys.modules.get(module)) is not None:
+            getattr(found, off)()
+            hushed.append(getattr(found, on))
+    try:
+        yield
+    finally:
+        for enable in hushed:
+            enable()
 
 
 @contextmanager

@@ -16,6 +16,8 @@ def parse_size(text: str, option: str) -> int:
     size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0.0
     if not 1 <= size < float("inf"):
         raise InputError(f"{option} {text!r}: expected a size such as 12GiB or 16GB")
+    if match and not re.search("[A-Za-z]", text):
+        raise InputError(f"{option} {text}: has no unit; write {match[1]}GiB if that is what you mean")
     return int(size)
 
 
