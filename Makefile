@@ -73,9 +73,10 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt pyproject.toml
 	$(VLLM_BIN)/pip install -q -e .
 	touch $@
 
-wheel: $(STAMP)  ## build sdist and wheel into dist/
+wheel: $(STAMP)  ## build sdist and wheel into dist/, and check what PyPI would show
 	rm -rf dist
 	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 venv: $(STAMP)  ## make the environment only
 
