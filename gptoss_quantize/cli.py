@@ -31,7 +31,7 @@ from gptoss_quantize.cli_options import (
     SeedOpt,
     SeqLenOpt,
 )
-from gptoss_quantize.cli_words import next_step, print_quantized
+from gptoss_quantize.cli_words import next_step, print_quantized, starting
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.quantize.recipes import format_of
 from gptoss_quantize.terminal import log_session
@@ -153,6 +153,7 @@ def quantize(
     if early.alone():
         inputs = (Path(model), *([] if adapter is None else [adapter]))
         check_begin(out, "quantize", overwrite=overwrite, resume=resume, inputs=inputs)
+    starting()
     from gptoss_quantize import api
 
     made = api.quantize(

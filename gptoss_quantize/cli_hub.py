@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from gptoss_quantize import cli_early as early
+from gptoss_quantize.cli_words import starting
 from gptoss_quantize.terminal import console
 
 
@@ -25,6 +26,7 @@ def push(
 ) -> None:
     """Check CHECKPOINT, and send it to the hub; run again, an interrupted push goes on."""
     early.check_folder(checkpoint)
+    starting()
     from gptoss_quantize import api
 
     done = api.push(

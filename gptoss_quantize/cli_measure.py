@@ -24,7 +24,7 @@ from gptoss_quantize.cli_options import (
     SeqLenOpt,
     TextOpt,
 )
-from gptoss_quantize.cli_words import next_step, number
+from gptoss_quantize.cli_words import next_step, number, starting
 from gptoss_quantize.terminal import console
 
 STYLES = {"equivalent": "green", "uncertain": "yellow", "unmeasured": "yellow", "worse": "red", "broken": "bold red"}
@@ -58,6 +58,7 @@ def evaluate(
     early.check_input(baseline, adapter, revision, "--baseline")
     early.check_input(candidate)
     early.check_text(text, tokens, seq_len)
+    starting()
     from gptoss_quantize import api
 
     found = api.evaluate(
@@ -140,6 +141,7 @@ def compare(
     from gptoss_quantize.eval.network import check_reachable
 
     check_reachable(name.strip() for name in tasks.split(","))
+    starting()
     from gptoss_quantize import api
 
     done = api.compare(

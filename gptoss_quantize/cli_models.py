@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gptoss_quantize.cli_options import Method, WheelOpt
-from gptoss_quantize.cli_words import next_step
+from gptoss_quantize.cli_words import next_step, starting
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console, showing
 
@@ -28,6 +28,7 @@ def demo_model(
 ) -> None:
     """Make a small real gpt-oss model from SmolLM2-135M, without any model hub."""
     check_begin(dest, "demo-model", overwrite=None)
+    starting()
     from gptoss_quantize.demo.tour import make_demo_model
 
     with showing(True) as show:
@@ -72,6 +73,7 @@ def demo(
         )
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"{methods} names a method twice", param_hint="--methods")
+    starting()
     from gptoss_quantize.demo.tour import REPORT, RESULTS, folder, run_demo
 
     printed = Console()
@@ -172,6 +174,7 @@ def synthetic_model(
 ) -> None:
     """Make a model of true shape with random weights, to measure time and memory."""
     check_begin(dest, "synthetic-model", overwrite=None)
+    starting()
     from gptoss_quantize.demo.tour import make_synthetic_model
 
     with showing(True) as show:

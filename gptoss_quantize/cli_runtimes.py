@@ -12,7 +12,7 @@ from rich.padding import Padding
 
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_options import TextOpt
-from gptoss_quantize.cli_words import next_step, say_try
+from gptoss_quantize.cli_words import next_step, say_try, starting
 from gptoss_quantize.files import check_begin
 from gptoss_quantize.terminal import console
 
@@ -71,6 +71,7 @@ def export(
     early.check_export(to.value, dtype.value, dense_type.value, expert_type.value)
     early.check_input(checkpoint)
     check_begin(dest, f"export --to {to.value}", overwrite=overwrite, inputs=(Path(checkpoint),))
+    starting()
     from gptoss_quantize import api
 
     report = api.export(
@@ -135,6 +136,7 @@ def import_(
     if split is Split.detect:
         early.check_text(text, tokens, 128)
     check_begin(out, "import", overwrite=overwrite, inputs=(source,))
+    starting()
     from gptoss_quantize import api
 
     report = api.import_checkpoint(
@@ -186,6 +188,7 @@ def verify(
     if baseline is not None:
         early.check_input(baseline, what="--baseline")
     early.check_text(text)
+    starting()
     from gptoss_quantize import api
     from gptoss_quantize.runtimes.verify import RUNTIMES
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from gptoss_quantize import advice
 from gptoss_quantize import cli_early as early
+from gptoss_quantize.cli_words import starting
 from gptoss_quantize.units import GIB, gib, parse_size
 
 
@@ -37,6 +38,7 @@ def plan(
     early.check_file(json_out, "--json")
     early.check_plan(model, context)
     parse_size(gpu_memory, "--gpu-memory")
+    starting()
     from gptoss_quantize import api
 
     console = Console(emoji=False)

@@ -13,6 +13,7 @@ import typer
 
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_options import DeviceOpt, Dtype, DtypeOpt
+from gptoss_quantize.cli_words import starting
 from gptoss_quantize.errors import InputError
 
 ModelArg = Annotated[str, typer.Argument(help="An int4 checkpoint of ours, any gpt-oss directory, or a hub name.")]
@@ -62,6 +63,7 @@ def generate(
     """Answer a prompt, printed as it comes, and say how fast; int4 experts stay packed in memory."""
     early.check_input(model)
     early.check_numbers(device=device)
+    starting()
     from gptoss_quantize.api_talk import pick_sampling, speak
 
     sampling = pick_sampling(temperature, top_p, top_k, seed)
@@ -214,6 +216,7 @@ def chat(
     """
     early.check_input(model)
     early.check_numbers(device=device)
+    starting()
     from gptoss_quantize import api_talk
     from gptoss_quantize.checkpoint import Checkpoint
     from gptoss_quantize.hub import resolve

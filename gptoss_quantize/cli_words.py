@@ -1,6 +1,7 @@
 """What is said of a quantization when it is done."""
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,12 @@ from rich.markup import escape
 
 from gptoss_quantize import advice
 from gptoss_quantize.terminal import console
+
+
+def starting() -> None:
+    """Say that something is going on, before what takes seconds to load; nothing where it is loaded already."""
+    if "torch" not in sys.modules:
+        console.print("loading torch and transformers", style="dim", highlight=False)
 
 
 def next_step(command: str, *words: object) -> None:

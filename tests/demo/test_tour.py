@@ -200,13 +200,13 @@ def test_the_command_prints_table_and_answers(demo, tmp_path, monkeypatch, capsy
             cli.main()
         return int(stop.value.code or 0), *capsys.readouterr()
 
-    code, printed, _ = run()
+    code, printed, told = run()
     assert code == 0 and "quantized experts, group 64, against the unquantized model" in printed
     first, table = printed.index("tokens: KL divergence"), printed.index("quantized experts, group 64")
     assert first < printed.index("unquantized:") < table < printed.rindex("unquantized:")
     assert "rtn" in printed and "4.25" in printed and "Now the other methods" not in printed
     assert f"open {out}/report.html in a browser; numbers in {out}/demo.json" in printed
-    assert (out / "report.html").is_file() and f"try: gptoss-quantize chat {out}/int4-rtn" in printed
+    assert (out / "report.html").is_file() and f"try: gptoss-quantize chat {out}/int4-rtn" in told
     code, printed, err = run()
     assert (code, printed) == (1, "") and "--overwrite" in err
     assert run("--overwrite")[0] == 0
