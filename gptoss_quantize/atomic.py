@@ -174,11 +174,15 @@ def alone(folder: Path) -> Iterator[None]:
     taken = f"{folder}: another process is writing it; wait for its end, or stop it"
     if fcntl is None:
         name = hashlib.sha256(os.path.normcase(os.path.realpath(folder)).encode(errors="surrogateescape")).hexdigest()
+        lock = FileLock(Path(tempfile.gettempdir(), f"gptoss-quantize-{name[:16]}.lock"), timeout=0)
         try:
-            with FileLock(Path(tempfile.gettempdir(), f"gptoss-quantize-{name[:16]}.lock"), timeout=0):
-                yield
+            lock.acquire()
         except Timeout:
             raise InputError(taken) from None
+        try:
+            yield
+        finally:
+            lock.release()
         return
     handle = os.open(folder, os.O_RDONLY)
     try:

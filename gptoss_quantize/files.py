@@ -328,8 +328,13 @@ def publish(partial: Path, dest: Path) -> None:
         if os.path.lexists(replaced):
             remove(replaced)
         dest.rename(replaced)
-    # an empty directory gives way
-    partial.rename(dest)
+    try:
+        # an empty directory gives way
+        partial.rename(dest)
+    except FileExistsError:
+        # not on Windows; rmdir refuses one that is not empty
+        dest.rmdir()
+        partial.rename(dest)
     if replaced.exists() and _why_not_ours(replaced) is None:
         remove(replaced)
 

@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 
+from gptoss_quantize import atomic
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import alone, publish
 from gptoss_quantize.runtimes.stock import _link
 
 # of Python's library, not on Windows; posix_fallocate, sched_getaffinity and the like are not on macOS either
@@ -119,3 +123,29 @@ def test_a_system_without_links_copies(tmp_path, monkeypatch, lacking):
     (tmp_path / "one").write_bytes(b"weights")
     _link(tmp_path / "one", tmp_path / "other")
     assert (tmp_path / "other").read_bytes() == b"weights" and not (tmp_path / "other").is_symlink()
+
+
+def test_an_empty_directory_gives_way_on_windows_too(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def windows(self, target):
+        if Path(target).exists():
+            raise FileExistsError(183, "Cannot create a file when that file already exists", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", windows)
+    for name in ("out.partial", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out.partial" / "weights").write_text("1")
+    publish(tmp_path / "out.partial", tmp_path / "out")
+    assert (tmp_path / "out" / "weights").read_text() == "1"
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_lock_of_others_is_not_taken_for_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "fcntl", None)
+    with pytest.raises(Timeout), alone(tmp_path):
+        raise Timeout("of the hub's cache")
+    # released: it can be had again, by one at a time
+    with alone(tmp_path), pytest.raises(InputError, match="another process is writing it"), alone(tmp_path):
+        pass

@@ -67,6 +67,9 @@ def test_what_is_wrong_changes_nothing(fresh, words, said):
 def test_workflows_call_what_is_there():
     ci, release = (yaml.safe_load((ROOT / f".github/workflows/{n}.yml").read_text()) for n in ("ci", "release"))
     assert [s["run"] for s in ci["jobs"]["test"]["steps"] if "run" in s] == [".ci/run"]
+    # nothing is published that failed
+    assert release["jobs"]["build"]["needs"] == "test"
+    assert [s["run"] for s in release["jobs"]["test"]["steps"] if "run" in s] == [".ci/run"]
     steps = release["jobs"]["build"]["steps"]
     runs = [step["run"] for step in steps if "run" in step]
     # addresses before the build, the check after it
