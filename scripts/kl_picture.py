@@ -39,7 +39,8 @@ SHOWN = {
 # in docs/fidelity.md, and too many for a picture; llm-compressor's AWQ is broken for gpt-oss, at 0.744
 LEFT_OUT = {
     "GPTQ + polish g32", "GPTQ + polish g64", "AWQ+GPTQ + polish g64", "AWQ+GPTQ g64, two sweeps, weights p^1.5",
-    "GPTQ int3 g64", "GPTQ int3 g32", "RTN int3 g64", "AWQ g64", "AWQ g32", "RTN signed g64", "GPTQ g64, 256 calibration tokens", "llm-compressor AWQ g64",
+    "GPTQ int3 g64", "GPTQ int3 g32", "RTN int3 g64",
+    "AWQ g64", "AWQ g32", "RTN signed g64", "GPTQ g64, 256 calibration tokens", "llm-compressor AWQ g64",
 }  # fmt: skip
 
 
