@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry
 from lm_eval.models import MODEL_MAPPING
 from lm_eval.models.huggingface import HFLM
@@ -91,12 +92,28 @@ def _without_warnings() -> Iterator[None]:
         log.setLevel(level)
 
 
-class _InTemplate:
-    """What both models add where conversations are rendered: a missing template is refused, a forgotten one told."""
+class _Ours(TemplateLM):
+    """What both models add: a missing template is refused, a forgotten one told, and who they are."""
 
     tokenizer: Any
     where: Path
     rendered = False
+    _facts: dict[str, Any]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the template that is applied; InputError where there is none."""
+        if chat_template:
+            self._check_template()
+        return super().chat_template(chat_template)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return generated texts."""
+        self._check_generation()
+        return list(super().generate_until(requests, disable_tqdm=disable_tqdm))
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval writes beside its results."""
+        return self._facts
 
     def _check_template(self) -> None:
         self.rendered = True
@@ -115,7 +132,7 @@ class _InTemplate:
             )
 
 
-class PackedLM(_InTemplate, HFLM):
+class PackedLM(_Ours, HFLM):
     """lm-eval's `hf` model on a checkpoint as our loader makes it, whole in memory.
 
     `pretrained`: a directory or hub name: int4 of ours (experts stay packed), bf16, fp16, fp32 or MXFP4 (become
@@ -146,23 +163,8 @@ class PackedLM(_InTemplate, HFLM):
         with _without_warnings():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **options)
 
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template that is applied; InputError where there is none."""
-        if chat_template:
-            self._check_template()
-        return super().chat_template(chat_template)
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return generated texts, in batches."""
-        self._check_generation()
-        return list(super().generate_until(requests, disable_tqdm=disable_tqdm))
-
-    def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes beside its results."""
-        return self._facts
-
-
-class StreamedModel(_InTemplate, StreamedLM):
+class StreamedModel(_Ours, StreamedLM):
     """What `compare` runs, as a model of lm-eval: layer by layer on the processor, whole only to generate text.
 
     `batch_size` is that of generation; log-probabilities are computed in blocks of 32,768 tokens. dtype auto is
@@ -208,21 +210,6 @@ class StreamedModel(_InTemplate, StreamedLM):
         self._bar.update()
         if self._bar.n == self._bar.total:
             self._bar.close()
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template that is applied; InputError where there is none."""
-        if chat_template:
-            self._check_template()
-        return super().chat_template(chat_template)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return generated texts, by the whole model."""
-        self._check_generation()
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
-
-    def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes beside its results."""
-        return self._facts
 
 
 MODELS: dict[str, Callable[..., Any]] = {"gptoss-int4": PackedLM, "gptoss-streamed": StreamedModel}

@@ -162,32 +162,17 @@ void over_terms(const uint8_t* weight, const uint16_t* scale, int64_t rows, int6
     over_rows<ROW<GROUP, 1>>(weight, scale, groups, rows, columns, terms + t, scratch, out + t * stride, stride);
 }
 
-void dot4(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
-          const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
+template <template <int, int> class ROW>
+void dot(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
+         const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
   if (group == 64)
-    over_terms<Row4, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+    over_terms<ROW, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
   else
-    over_terms<Row4, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
+    over_terms<ROW, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
 }
 
 template <int GROUP, int TOKENS> using Row2 = RowPlanes<2, GROUP, TOKENS>;
 template <int GROUP, int TOKENS> using Row3 = RowPlanes<3, GROUP, TOKENS>;
-
-void dot2(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
-          const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
-  if (group == 64)
-    over_terms<Row2, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
-  else
-    over_terms<Row2, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
-}
-
-void dot3(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t group,
-          const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
-  if (group == 64)
-    over_terms<Row3, 64>(weight, scale, rows, columns, terms, count, scratch, out, stride);
-  else
-    over_terms<Row3, 32>(weight, scale, rows, columns, terms, count, scratch, out, stride);
-}
 
 void dot8(const uint8_t* weight, const uint16_t* scale, int64_t rows, int64_t columns, int64_t,
           const uint8_t* const* terms, int64_t count, float* scratch, float* out, int64_t stride) {
@@ -271,9 +256,9 @@ void activate(const float* gate_up, const float* bias, int64_t width, float limi
 extern "C" const DotKernels TABLE(ISA) = {
     TEXT(ISA),
     kBytes,
-    {planes_size, prepare_planes<2>, planes_clear, dot2},
-    {planes_size, prepare_planes<3>, planes_clear, dot3},
-    {size, prepare4, clear, dot4},
+    {planes_size, prepare_planes<2>, planes_clear, dot<Row2>},
+    {planes_size, prepare_planes<3>, planes_clear, dot<Row3>},
+    {size, prepare4, clear, dot<Row4>},
     {size, prepare8, clear, dot8},
     size16,
     prepare16,
