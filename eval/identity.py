@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.model_card import QUANTIZATION_REPORT
 
-REPORT_NAME = "quantization_report.json"
 # quantized attention keeps a cosine above 0.99, weights of another training run have one near 0
 LEAST_COSINE = 0.9
 PROBE_ROWS = 256
@@ -146,7 +146,7 @@ def cost(checkpoint: Checkpoint) -> dict[str, Any]:
 def _made_by(path: Path) -> dict[str, Any]:
     """Return method, time and memory from the quantization report beside the weights, None where there is none."""
     keys = {"method": None, "seconds": None, "peak_rss_mib": None, "calibration": None, "settings": None}
-    file = path / REPORT_NAME
+    file = path / QUANTIZATION_REPORT
     if not file.is_file():
         return {f"quantized_{key}" if key != "method" else key: value for key, value in keys.items()}
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import check_utf8
-from gptoss_quantize.published import POSITIONS, published
+from gptoss_quantize.published import POSITIONS, has_hub_form, published
 from gptoss_quantize.quantize.recipes import FORMATS, RECIPES, check_recipe, override
 from gptoss_quantize.units import parse_size
 
@@ -71,7 +71,7 @@ def check_input(model: str | Path, adapter: Path | None = None, revision: str | 
     """Raise InputError for a model or an adapter that is not there, or is something else; a hub name may pass."""
     name, path = f"{what} {model}".strip(), Path(model).expanduser()
     if not exists(path):
-        if not _may_be_on_hub(model):
+        if not has_hub_form(model):
             raise InputError(f"{name}: no such directory, and not a hub name of the form owner/name; check the path")
     else:
         _check_folder(name, path)
@@ -79,18 +79,13 @@ def check_input(model: str | Path, adapter: Path | None = None, revision: str | 
             raise InputError(
                 f"{name}: --revision {revision} is for hub models, this is a local directory; leave it out"
             )
-    if adapter is not None and not exists(adapter) and _may_be_on_hub(adapter):
+    if adapter is not None and not exists(adapter) and has_hub_form(adapter):
         return
     if adapter is not None and not exists(adapter / "adapter_config.json"):
         base = " (it holds a whole model: give that as MODEL)" if exists(adapter / "config.json") else ""
         raise InputError(
             f"{adapter}: no adapter_config.json{base}; expected the directory that PEFT's save_pretrained wrote"
         )
-
-
-def _may_be_on_hub(name: str | Path) -> bool:
-    """Return whether a name that is no directory has the form owner/name."""
-    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
 
 
 def check_folder(path: Path) -> None:

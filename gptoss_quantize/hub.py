@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.published import has_hub_form
 
 # huggingface_hub 1 speaks through httpx, huggingface_hub 2 through httpx2
 TRANSPORT_ERRORS = tuple(import_module(name).TransportError for name in ("httpx", "httpx2") if find_spec(name))
@@ -30,7 +31,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
                 f"{model}: --revision {revision} is for hub models, this is a local directory; leave it out"
             )
         return path
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not has_hub_form(model):
         raise InputError(f"{model}: no such directory, and not a hub name of the form owner/name; check the path")
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=ALLOW, ignore_patterns=IGNORE))

@@ -21,7 +21,7 @@ CARD = "README.md"
 BEGIN, END = "<!-- results of gptoss-quantize -->", "<!-- end of results -->"
 NOTHING = "Not measured yet: `gptoss-quantize compare OUT --baseline BASE --report REPORT --model-card`."
 HERE = "OUT"
-REPORTS = ("quantization_report.json", "export_report.json")
+QUANTIZATION_REPORT, EXPORT_REPORT = REPORTS = ("quantization_report.json", "export_report.json")
 LICENCES = ("LICENSE", "LICENSE.md", "LICENSE.txt")
 # the first words of a licence -> what the hub calls it
 KNOWN_LICENCES = {"apache license": "apache-2.0", "mit license": "mit"}

@@ -1,4 +1,4 @@
-"""The names of OpenAI's two models, and what can be said of them without a file; imports no torch."""
+"""Names of models and what can be said of them without a file, OpenAI's two above all; imports no torch."""
 
 from pathlib import Path
 
@@ -7,6 +7,11 @@ SIZES = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}
 HUB = {name: f"openai/{name}" for name in SIZES}
 # tokens of context that both were made for: max_position_embeddings
 POSITIONS = 131072
+
+
+def has_hub_form(name: str | Path) -> bool:
+    """Return whether a name that is no directory has the form owner/name."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
 
 
 def published(name: str) -> str | None:

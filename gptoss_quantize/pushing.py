@@ -15,7 +15,6 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import read_json
@@ -23,7 +22,9 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import COPIED, Progress, checksum, no_progress, read_mark
 from gptoss_quantize.hub import TRANSPORT_ERRORS
 from gptoss_quantize.layouts import LAYOUTS
-from gptoss_quantize.model_card import CARD, REPORTS, card_for_hub, hub_name
+from gptoss_quantize.model_card import CARD, QUANTIZATION_REPORT, REPORTS, card_for_hub, hub_name
+from gptoss_quantize.published import has_hub_form
+from gptoss_quantize.terminal import others_quiet
 
 SMALL = (*COPIED, "config.json", "Modelfile")
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
@@ -65,7 +66,7 @@ def gather(
         raise InputError(
             f"{folder}: not written by gptoss-quantize (no mark, no report); push it with `hf upload {repo} {folder}`"
         )
-    _check_sums(folder, weights, reports.get("quantization_report.json"), on_file)
+    _check_sums(folder, weights, reports.get(QUANTIZATION_REPORT), on_file)
     small = [*index, *(folder / name for name in SMALL if (folder / name).is_file())]
     texts = {name: _public(folder / name, report) for name, report in reports.items()}
     texts[CARD] = card_for_hub(folder, repo, base).encode()
@@ -148,20 +149,9 @@ def _in_words(repo: str) -> Iterator[None]:
         raise InputError(f"{repo}: the upload broke off ({error.__cause__ or error}); {AGAIN}") from None
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
-
-
 def check_target(repo: str) -> None:
     """Raise InputError for a name that is none, and where nobody is logged in; nothing is sent."""
-    if repo.count("/") != 1 or not all(repo.split("/")) or repo.startswith((".", "/", "~")):
+    if not has_hub_form(repo) or not all(repo.split("/")):
         raise InputError(f"{repo}: expected OWNER/NAME, such as {'me/' + Path(repo).name if repo else 'me/model'}")
     if get_token() is None:
         raise InputError(f"{repo}: not logged in; {LOG_IN}")
@@ -183,7 +173,7 @@ def send(
     """
     check_target(repo)
     api = HfApi()
-    with _in_words(repo), _without_bars():
+    with _in_words(repo), others_quiet():
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)

@@ -20,10 +20,9 @@ from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import save_tensors, staged, write_json
 from gptoss_quantize.kernels.experts import PackedExperts
 from gptoss_quantize.layouts import Layout, dense_shapes, layer_of
-from gptoss_quantize.model_card import write_card
+from gptoss_quantize.model_card import QUANTIZATION_REPORT, write_card
 from gptoss_quantize.packed_experts import PackedExpertsModule, stored_parts
 
-REPORT_NAME = "quantization_report.json"
 GENERATION = "generation_config.json"
 ADAPTED = "save an adapter by itself (PEFT's save_pretrained), or merge it before quantizing (--adapter)"
 
@@ -146,6 +145,6 @@ def _write_generation(model: Any, source: Path, folder: Path) -> None:
 
 def _write_report(source: Path, folder: Path, facts: dict[str, Any]) -> None:
     """Write the report of the quantization with what is true of the new files, where there is one."""
-    if (source / REPORT_NAME).is_file():
-        report = json.loads((source / REPORT_NAME).read_text(encoding="utf-8"))
-        write_json(folder / REPORT_NAME, report | facts)
+    if (source / QUANTIZATION_REPORT).is_file():
+        report = json.loads((source / QUANTIZATION_REPORT).read_text(encoding="utf-8"))
+        write_json(folder / QUANTIZATION_REPORT, report | facts)

@@ -20,6 +20,12 @@ from gptoss_quantize.progress import Progress, name_of, silent
 NOTEBOOK_SHELL = "ZMQInteractiveShell"
 # seconds between two updates of a notebook's cell: each travels to the browser
 NOTEBOOK_PAUSE = 0.2
+# libraries with bars of their own, and what their switches are called; transformers' switch turns the hub's as well
+BARS = {
+    "transformers.utils.logging": "progress_bar",
+    "datasets.utils": "progress_bars",
+    "huggingface_hub.utils": "progress_bars",
+}
 
 # no emoji: `cuda:x:` and paths are shown as they are
 console = Console(stderr=True, emoji=False)
@@ -72,20 +78,24 @@ def has_bars() -> bool:
 
 @contextmanager
 def others_quiet() -> Iterator[None]:
-    """Keep bars of transformers and datasets out of ours while it lasts."""
-    hushed = []
-    for module, on, off in (
-        ("transformers.utils.logging", "enable_progress_bar", "disable_progress_bar"),
-        ("datasets.utils", "enable_progress_bars", "disable_progress_bars"),
-    ):
-        if (found := sys.modules.get(module)) is not None:
-            getattr(found, off)()
-            hushed.append(getattr(found, on))
+    """Keep bars of the libraries that are loaded out of ours while it lasts; those that were off stay off."""
+    before = []
+    for name, word in BARS.items():
+        if (module := sys.modules.get(name)) is not None:
+            before.append((module, word, _shown(module)))
+    for module, word, _ in before:
+        getattr(module, f"disable_{word}")()
     try:
         yield
     finally:
-        for enable in hushed:
-            enable()
+        for module, word, shown in before:
+            getattr(module, f"{'enable' if shown else 'disable'}_{word}")()
+
+
+def _shown(module: Any) -> bool:
+    if hasattr(module, "is_progress_bar_enabled"):
+        return bool(module.is_progress_bar_enabled())
+    return not module.are_progress_bars_disabled()
 
 
 @contextmanager

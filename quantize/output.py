@@ -36,12 +36,12 @@ from gptoss_quantize.files import (
     write_json,
     writing,
 )
+from gptoss_quantize.model_card import QUANTIZATION_REPORT as REPORT_NAME
 from gptoss_quantize.model_card import write_card
 from gptoss_quantize.shards import ShardFile
 from gptoss_quantize.tokenizer_files import SideFiles
 
 POLISHED_NAME = "polished.safetensors"
-REPORT_NAME = "quantization_report.json"
 
 
 def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str, Any]:

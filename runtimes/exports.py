@@ -9,13 +9,12 @@ import torch
 from gptoss_quantize import __version__
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.files import Progress, no_progress, staged, write_json
-from gptoss_quantize.model_card import base_of, write_card
+from gptoss_quantize.model_card import EXPORT_REPORT, base_of, write_card
 from gptoss_quantize.runtimes import readback
 from gptoss_quantize.runtimes.export_gguf import write_gguf
 from gptoss_quantize.runtimes.export_hf import write_float, write_mxfp4
 from gptoss_quantize.runtimes.export_legacy import INTERLEAVED, write_legacy
 from gptoss_quantize.runtimes.foreign import Foreign
-from gptoss_quantize.runtimes.staging import REPORT_NAME
 
 FLOATS = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GGUF_NAME = "model.gguf"
@@ -54,7 +53,7 @@ def export_checkpoint(
             **facts,
             "read_back": found,
         }
-        write_json(folder / REPORT_NAME, report)
+        write_json(folder / EXPORT_REPORT, report)
         write_card(folder, base_of(checkpoint.path))
     return report
 

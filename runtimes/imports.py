@@ -26,12 +26,12 @@ from gptoss_quantize.files import Progress, no_progress, staged, write_json
 from gptoss_quantize.kernels import ggml
 from gptoss_quantize.layouts import INT4, expert_shapes, quantization_config
 from gptoss_quantize.model import hidden_states, logits
-from gptoss_quantize.model_card import write_card
+from gptoss_quantize.model_card import EXPORT_REPORT, write_card
 from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.runtimes.export_hf import dense_shards, plain_config, write_float
 from gptoss_quantize.runtimes.export_legacy import SPLIT_KEY
 from gptoss_quantize.runtimes.foreign import JOINED, SPLITS, Foreign
-from gptoss_quantize.runtimes.staging import REPORT_NAME, PendingTensor, write_shards
+from gptoss_quantize.runtimes.staging import PendingTensor, write_shards
 from gptoss_quantize.source import Source
 
 # nats per token; a wrong reading of the demo model costs more than 1
@@ -121,7 +121,7 @@ def import_checkpoint(
             "notes": source.notes,
             **facts,
         }
-        write_json(folder / REPORT_NAME, report)
+        write_json(folder / EXPORT_REPORT, report)
         write_card(folder)
         if to == "int4":
             _check(source, Checkpoint(folder))

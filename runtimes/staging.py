@@ -16,7 +16,6 @@ import torch
 from gptoss_quantize.files import Progress, no_progress, write_json
 from gptoss_quantize.shards import DTYPES
 
-REPORT_NAME = "export_report.json"
 INDEX_NAME = "model.safetensors.index.json"
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 

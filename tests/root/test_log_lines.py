@@ -1,5 +1,6 @@
 """What a log, a pipe and a machine see: a line per step as it happens, JSON that parses, help whole at 80 columns."""
 
+import importlib
 import io
 import json
 import os
@@ -179,3 +180,20 @@ def test_completion_is_offered():
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.split() == ["quantize"], done
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_bars_of_libraries_are_as_they_were(on):
+    modules = [importlib.import_module(name) for name in terminal.BARS]
+    before = [terminal._shown(module) for module in modules]
+    for module, word in zip(modules, terminal.BARS.values(), strict=True):
+        getattr(module, f"{'enable' if on else 'disable'}_{word}")()
+    try:
+        # transformers' switch turns the hub's as well: one on, the other off
+        modules[-1].disable_progress_bars()
+        with terminal.others_quiet():
+            assert not any(map(terminal._shown, modules))
+        assert [terminal._shown(module) for module in modules] == [on, on, False]
+    finally:
+        for module, word, was in zip(modules, terminal.BARS.values(), before, strict=True):
+            getattr(module, f"{'enable' if was else 'disable'}_{word}")()

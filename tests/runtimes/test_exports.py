@@ -16,6 +16,7 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import dense_shapes
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.model_card import EXPORT_REPORT
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
@@ -41,7 +42,7 @@ def fields(path):
 def test_every_target_of_int4_reads_back_equal_and_says_so(int4_path, tmp_path, to, group_size):
     report = export(int4_path(group_size), tmp_path / "out", to)
     assert report["read_back"] == {"different": 0, "first": []}
-    assert json.loads((tmp_path / "out" / staging.REPORT_NAME).read_text()) == report
+    assert json.loads((tmp_path / "out" / EXPORT_REPORT).read_text()) == report
     assert not list(tmp_path.glob("*.partial"))
     if to != "gguf":
         assert (tmp_path / "out" / "tokenizer.json").is_file()
