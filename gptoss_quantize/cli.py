@@ -182,7 +182,10 @@ def quantize(
     )
     if first_rank():
         print_quantized(out, made.report)
-        next_step("chat", out) if written != "mxfp4" else next_step("evaluate", out, "--baseline", model)
+        if written == "mxfp4":
+            next_step("evaluate", out, "--baseline", model)
+        else:
+            next_step("chat", out)
 
 
 for _name, _command in (

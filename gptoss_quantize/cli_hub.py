@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from gptoss_quantize import cli_early as early
-from gptoss_quantize.cli_words import starting
+from gptoss_quantize.cli_words import next_step, starting
 from gptoss_quantize.terminal import console
 
 
@@ -43,7 +43,7 @@ def push(
     )
     if done.left:
         console.print(f"not sent, since not ours: {escape(', '.join(done.left))}", soft_wrap=True, highlight=False)
-    console.print(f"try: gptoss-quantize chat {escape(repo)}", soft_wrap=True, highlight=False)
+    next_step("chat", repo)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"push": push}

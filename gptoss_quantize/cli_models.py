@@ -62,10 +62,7 @@ def demo(
     The first method's numbers and answer come after a minute or two, the rest after a quarter of an hour.
     """
     names = [name.strip() for name in methods.split(",")]
-    known = {f"{m.value}{bits}" for m in Method for bits in ("", "-int3", "-int2")} - {
-        "rtn-signed-int3",
-        "rtn-signed-int2",
-    }
+    known = {f"{m.value}{bits}" for m in Method for bits in ("", "-int3", "-int2")}
     if unknown := sorted(set(names) - known):
         raise typer.BadParameter(
             f"unknown {unknown}; known: {', '.join(m.value for m in Method)}, with -int3 or -int2 after it",

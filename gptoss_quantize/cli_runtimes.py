@@ -95,8 +95,8 @@ def export(
         )
     if to is Target.gguf:
         say_try("llama-server", "-m", dest / "model.gguf", "-c", "8192")
-    else:
-        next_step("verify", dest, "--baseline", checkpoint) if to is Target.bf16 else None
+    elif to is Target.bf16:
+        next_step("verify", dest, "--baseline", checkpoint)
 
 
 class Split(StrEnum):
@@ -143,7 +143,10 @@ def import_(
         source, out, to.value, split=split.value, text=text, tokens=tokens, overwrite=overwrite, progress=True
     ).report
     print_import(out, report)
-    next_step("verify", out) if to is ImportTarget.int4 else next_step("quantize", out, f"{out}-int4")
+    if to is ImportTarget.int4:
+        next_step("verify", out)
+    else:
+        next_step("quantize", out, f"{out}-int4")
 
 
 def print_import(out: Path, report: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.layouts import DENSE, INT4, Layout, dense_shapes
+from gptoss_quantize.layouts import DENSE, INT4, LAYOUTS, Layout, codes_suffix, dense_shapes
 from gptoss_quantize.shards import DTYPES
 
 # safetensors' names and bytes, in the order in which it sorts dtypes: widest alignment first
@@ -89,7 +89,7 @@ def header_bytes(shard: list[Stored]) -> int:
 def part_of(name: str) -> str:
     """Return the part of the model that a stored tensor is counted under."""
     if ".mlp.experts." in name:
-        codes = dict.fromkeys(("_packed", "_int3", "_int2"), "expert codes")
+        codes = {codes_suffix(layout.bits): "expert codes" for layout in LAYOUTS.values() if layout.packed}
         kinds = codes | {"_scale": "expert scales", "_bias": "expert biases"}
         return next(part for end, part in kinds.items() if name.endswith(end))
     if ".self_attn." in name:

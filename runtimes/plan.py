@@ -7,7 +7,7 @@ from typing import Any
 
 from gptoss_quantize.architectures import gptoss_config, sparsity
 from gptoss_quantize.checkpoint import Checkpoint
-from gptoss_quantize.config import parse_config
+from gptoss_quantize.config import ModelConfig, parse_config
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.layouts import AS_SOURCE, DENSE, INT4
 from gptoss_quantize.machine import compute_dtype
@@ -46,10 +46,15 @@ class PlanRequest:
                 raise InputError(f"{option} {value}: expected one of {', '.join(map(str, known))}")
 
 
+def _shape(wanted: PlanRequest, source: Checkpoint | None) -> tuple[str, ModelConfig]:
+    """Return the model's name and config: of its files, or of the published model that was named."""
+    name = published(wanted.model) or wanted.model
+    return name, parse_config(gptoss_config(name), name) if source is None else source.config
+
+
 def plan_record(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any]:
     """Return the numbers of a plan; without a `source`, `wanted.model` is the name of a published model."""
-    name = published(wanted.model) or wanted.model
-    config = parse_config(gptoss_config(name), name) if source is None else source.config
+    name, config = _shape(wanted, source)
     if source is not None and source.dense_layout is not AS_SOURCE:
         wanted = replace(wanted, dense=source.dense_layout.name)
     contexts = _contexts(wanted, config.max_positions)
@@ -74,8 +79,7 @@ def plan_record(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any
 
 def expected_time(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any]:
     """Return how long a quantization takes on this machine, after measuring it for some seconds."""
-    name = published(wanted.model) or wanted.model
-    config = parse_config(gptoss_config(name), name) if source is None else source.config
+    _, config = _shape(wanted, source)
     dtype = compute_dtype("cpu")
     return estimate(config, RECIPES[wanted.method], wanted.group_size, wanted.tokens, wanted.seq_len, dtype)
 

@@ -17,11 +17,13 @@ from vllm.platforms import current_platform
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import experts_op, native
+from gptoss_quantize.layouts import INT4
+from gptoss_quantize.packed_experts import stored_parts
 from gptoss_quantize.runtimes import vllm_rules as rules
 from gptoss_quantize.runtimes.vllm_split import localize, narrow
 
 # what `GptOssForCausalLM.load_weights` names them, in the operator's order
-PARTS = ("w13_weight_packed", "w13_weight_scale", "w13_bias", "w2_weight_packed", "w2_weight_scale", "w2_bias")
+PARTS = stored_parts(INT4)
 # biases are stored in 16 bits or in float32, and few: float32 holds each of them
 DTYPES = dict(zip(PARTS, (torch.int32, torch.bfloat16, torch.float32) * 2, strict=True))
 
