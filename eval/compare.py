@@ -26,7 +26,7 @@ from gptoss_quantize.calibration.sanity import suspicion
 from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.eval.divergence import PerToken, check_pair, compare_states, details, summarize
+from gptoss_quantize.eval.divergence import PerToken, check_pair, compare_states, details, heads, summarize
 from gptoss_quantize.eval.examples import EXAMPLE, answer, load_model, too_large
 from gptoss_quantize.eval.experts import compare_experts
 from gptoss_quantize.eval.identity import check_kinship, cost, fingerprint, pair_warnings
@@ -37,6 +37,7 @@ from gptoss_quantize.eval.trees import lay_out, predicting_states
 from gptoss_quantize.eval.verdict import fell, furthest, judge, measured, sentence
 from gptoss_quantize.files import write_json
 from gptoss_quantize.machine import peak_rss_mib
+from gptoss_quantize.source import Source, placed
 
 SCHEMA = 1
 # start(what, steps) tells that work begins and returns the function to call after each step
@@ -50,6 +51,7 @@ class Settings:
     texts: tuple[TextSpec, ...]
     tasks: TaskSettings | None
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"  # of texts, experts and tasks that choose; whole models (examples) are on the processor
     expert_tokens: int = 2048  # of the first text; 0 leaves the experts out
     noise_floor: bool = True
     prompts: tuple[str, ...] = ()
@@ -59,13 +61,24 @@ class Settings:
 
 @dataclass(slots=True)
 class Model:
-    """One checkpoint, its name in the report, its hash, and where its results are kept."""
+    """One checkpoint, its name in the report, its hash, where its results are kept, and on which device it runs."""
 
     name: str
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     sha256: str
     cache: Path
+    device: str = "cpu"
+
+    @property
+    def source(self) -> Source:
+        """The checkpoint with its tensors on the device."""
+        return placed(self.checkpoint, self.device)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What the kind of device adds to the keys of results: a card rounds differently."""
+        return () if self.device == "cpu" else (self.device.partition(":")[0],)
 
     def kept(self, kind: str, *key: Any) -> Path:
         """Return the file of a result that depends on `key` and this model."""
@@ -97,7 +110,9 @@ def _keep_array(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     return np.asarray(np.load(path))
 
 
-def open_models(baseline: Checkpoint, candidates: Mapping[str, Checkpoint], dest: Path) -> list[Model]:
+def open_models(
+    baseline: Checkpoint, candidates: Mapping[str, Checkpoint], dest: Path, device: str = "cpu"
+) -> list[Model]:
     """Return the models, baseline first, after every check that needs no computation; InputError names the misfit."""
     if not candidates:
         raise InputError("no candidate; expected at least one checkpoint to compare with the baseline")
@@ -119,7 +134,7 @@ def open_models(baseline: Checkpoint, candidates: Mapping[str, Checkpoint], dest
         sha256 = fingerprint(checkpoint)
         cache = dest / "cache" / __version__ / sha256[:16]
         cache.mkdir(parents=True, exist_ok=True)
-        models.append(Model(name, checkpoint, tokenizer, sha256, cache))
+        models.append(Model(name, checkpoint, tokenizer, sha256, cache, device))
     return models
 
 
@@ -129,17 +144,9 @@ def _states(model: Model, text: Text, dtype: torch.dtype, start: Start) -> torch
 
     def run() -> np.ndarray:
         step = start(what, model.checkpoint.config.layers)
-        return np.asarray(predicting_states(model.checkpoint, text.layout(), dtype, step).numpy())
+        return np.asarray(predicting_states(model.source, text.layout(), dtype, step).cpu().numpy())
 
-    return torch.from_numpy(_keep_array(model.kept("states", text.sha256, str(dtype)), run))
-
-
-def _heads(base: Model, model: Model, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both output heads [V, D], one tensor where they are the same (2.3 GB in float32 for gpt-oss-20b)."""
-    ours, theirs = base.checkpoint.head(), model.checkpoint.head()
-    if dtypes[0] == dtypes[1] and torch.equal(ours, theirs):
-        theirs = ours = ours.to(dtypes[0])
-    return ours.to(dtypes[0]), theirs.to(dtypes[1])
+    return torch.from_numpy(_keep_array(model.kept("states", text.sha256, str(dtype), *model.kind), run))
 
 
 def token_level(base: Model, model: Model, text: Text, dtypes: tuple[torch.dtype, torch.dtype], start: Start) -> Any:
@@ -148,11 +155,11 @@ def token_level(base: Model, model: Model, text: Text, dtypes: tuple[torch.dtype
 
     def run() -> dict[str, Any]:
         states = [_states(m, text, dtype, start) for m, dtype in zip((base, model), dtypes, strict=True)]
-        ours, theirs = _heads(base, model, dtypes)
+        ours, theirs = heads(base.source, [model.source], list(dtypes))
         (tokens,) = compare_states(states[0], ours, [(states[1], theirs)], layout.target)
         return token_values(text, tokens, layout.owner)
 
-    key = (base.sha256, text.sha256, *map(str, dtypes))
+    key = (base.sha256, text.sha256, *map(str, dtypes), *model.kind)
     return remembered(model.kept("tokens", *key), run)
 
 
@@ -169,7 +176,8 @@ def task_level(model: Model, settings: TaskSettings, dtype: torch.dtype, start: 
             model.checkpoint,
             model.tokenizer,
             dtype=dtype,
-            answers=model.cache / f"answers-{str(dtype).removeprefix('torch.')}.jsonl",
+            answers=model.cache / f"answers-{'-'.join((str(dtype).removeprefix('torch.'), *model.kind))}.jsonl",
+            device=model.device,
             load_model=lambda: load_model(model.checkpoint, dtype),
             on_layer=lambda: None,
         )
@@ -180,7 +188,7 @@ def task_level(model: Model, settings: TaskSettings, dtype: torch.dtype, start: 
         lm.on_blocks = begin
         return run_tasks(lm, settings)
 
-    return remembered(model.kept("tasks", asdict(settings), str(dtype)), run)
+    return remembered(model.kept("tasks", asdict(settings), str(dtype), *model.kind), run)
 
 
 def expert_level(
@@ -193,13 +201,13 @@ def expert_level(
             break
         chosen.append(tree)
         have += len(tree)
-    key = (base.sha256, text.sha256, len(chosen), str(settings.dtype))
+    key = (base.sha256, text.sha256, len(chosen), str(settings.dtype), *base.kind)
     missing = [model for model in models if not model.kept("experts", *key).exists()]
     if missing:
         step = start("experts, layer by layer", base.checkpoint.config.layers)
         started = time.perf_counter()
         layers = compare_experts(
-            base.checkpoint, [model.checkpoint for model in missing], lay_out(chosen), settings.dtype, step
+            base.source, [model.source for model in missing], lay_out(chosen), settings.dtype, step
         )
         seconds = round((time.perf_counter() - started) / len(missing), 2)
         for model, entry in zip(missing, layers, strict=True):
@@ -281,7 +289,7 @@ def compare(
     be had, and for a text that is not in the model's vocabulary.
     """
     started = time.perf_counter()
-    models = open_models(baseline, candidates, dest)
+    models = open_models(baseline, candidates, dest, settings.device)
     base, others = models[0], models[1:]
     warnings = [words for model in others for words in pair_warnings(baseline, model.checkpoint, model.name)]
     texts = [load_text(spec, base.tokenizer, baseline.config.max_positions) for spec in settings.texts]
@@ -329,7 +337,7 @@ def compare(
         "suspect": suspect,
         "warnings": warnings + ([f"baseline {baseline.path}: SUSPECT: {suspect}"] if suspect else []),
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": _machine(),
+        "machine": _machine(settings.device),
     }
 
 
@@ -362,6 +370,7 @@ def _settings(settings: Settings) -> dict[str, Any]:
         "texts": [asdict(spec) for spec in settings.texts],
         "tasks": None if settings.tasks is None else asdict(settings.tasks),
         "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": settings.device,
         "expert_tokens": settings.expert_tokens,
         "noise_floor": settings.noise_floor,
         "prompts": list(settings.prompts),
@@ -371,9 +380,10 @@ def _settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
     """Return where this was measured."""
     return {
+        "card": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -23,6 +23,7 @@ import torch
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.model import hidden_states, logits
+from gptoss_quantize.source import Source, placed
 
 CHUNK_ELEMENTS = 1 << 24
 CONFIDENCE_EDGES = (0.0, 0.2, 0.5, 0.8, 0.95, 1.0)
@@ -83,23 +84,27 @@ def compare_states(
 ) -> list[PerToken]:
     """Return per-token comparisons [P] of each candidate (states [P, D], head [V, D]) with the baseline's [P, D].
 
-    The baseline's distribution over the vocabulary is computed once per chunk of tokens, for all candidates.
+    The baseline's distribution over the vocabulary is computed once per chunk of tokens, for all candidates, where
+    the heads are; states may lie elsewhere.
     """
-    following = target_P[:, None]
+    device = baseline_head_VD.device
+    following = target_P[:, None].to(device)
     values = torch.empty(len(others), len(PerToken.__slots__), len(following))
     step = max(1, CHUNK_ELEMENTS // baseline_head_VD.shape[0])
     for start in range(0, len(following), step):
         part = slice(start, start + step)
-        log_p = torch.log_softmax(logits(base[part], baseline_head_VD), dim=-1)
+        log_p = torch.log_softmax(logits(base[part].to(device), baseline_head_VD), dim=-1)
         p, next_p = log_p.exp(), log_p.gather(1, following[part])
         highest, top = log_p.max(-1)
-        for value, (hidden, head) in zip(values, others, strict=True):
-            log_q = torch.log_softmax(logits(hidden[part], head), dim=-1)
-            value[0, part] = -log_q.gather(1, following[part]).squeeze(1)
-            value[1, part] = -next_p.squeeze(1)
-            value[3, part] = (top == log_q.argmax(-1)).float()
-            value[2, part] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
-            value[4, part] = highest.exp()
+        for kept, (hidden, head) in zip(values, others, strict=True):
+            value = torch.empty(len(PerToken.__slots__), len(next_p), device=device)
+            log_q = torch.log_softmax(logits(hidden[part].to(device), head), dim=-1)
+            value[0] = -log_q.gather(1, following[part]).squeeze(1)
+            value[1] = -next_p.squeeze(1)
+            value[3] = (top == log_q.argmax(-1)).float()
+            value[2] = torch.sub(log_p, log_q, out=log_q).mul_(p).sum(-1)
+            value[4] = highest.exp()
+            kept[:, part] = value.cpu()
     return [PerToken(*value) for value in values]
 
 
@@ -186,23 +191,35 @@ def check_pair(baseline: Checkpoint, candidate: Checkpoint, ids_NS: torch.Tensor
         )
 
 
+def heads(baseline: Source, candidates: list[Source], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+    """Return the output heads [V, D], the baseline's first, each in its dtype; a candidate's that is the baseline's
+    is the same tensor (2.3 GB in float32 for gpt-oss-20b).
+    """
+    stored = baseline.head()
+    first, out = stored.to(dtypes[0]), []
+    for candidate, dtype in zip(candidates, dtypes[1:], strict=True):
+        own = candidate.head()
+        out.append(first if dtype == dtypes[0] and torch.equal(own, stored) else own.to(dtype))
+    return [first, *out]
+
+
 def evaluate(
     baseline: Checkpoint,
     candidates: list[Checkpoint],
     ids_NS: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     on_layer: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Return a summary per candidate, all on the same tokens [N, S]; the baseline runs once.
 
-    `on_layer` is called after every decoder layer of every model.
+    `on_layer` is called after every decoder layer of every model. Layers, experts, activations and the head are on
+    `device`; between models, final hidden states wait on the processor.
     """
     for candidate in candidates:
         check_pair(baseline, candidate, ids_NS)
-    base = hidden_states(baseline, ids_NS, dtype, lambda _: on_layer())
-    others = [
-        (hidden_states(candidate, ids_NS, dtype, lambda _: on_layer()), candidate.head().to(dtype))
-        for candidate in candidates
-    ]
-    compared = compare_hidden(base, baseline.head().to(dtype), others, ids_NS)
+    models = [placed(model, device) for model in (baseline, *candidates)]
+    states = [hidden_states(model, ids_NS, dtype, lambda _: on_layer()).cpu() for model in models]
+    base, *others = zip(states, heads(models[0], models[1:], [dtype] * len(models)), strict=True)
+    compared = compare_hidden(*base, others, ids_NS)
     return [summarize(tokens) for tokens in compared]

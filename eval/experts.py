@@ -19,18 +19,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.eval.trees import Layout, Stream
 from gptoss_quantize.kernels.experts import rows_of
 from gptoss_quantize.model import EXPERT_BLOCK, expert_act, mlp_input
-from gptoss_quantize.source import Expert
+from gptoss_quantize.source import Expert, Source
 
 
 def expert_output(x_TD: torch.Tensor, expert: Expert, config: ModelConfig) -> torch.Tensor:
     """Return one expert's output [T, D] in float32, in blocks; products in the dtype of x."""
     if not len(x_TD):
-        return torch.empty(0, x_TD.shape[1])
+        return x_TD.new_empty(0, x_TD.shape[1], dtype=torch.float32)
     parts = []
     for x in x_TD.split(EXPERT_BLOCK):
         parts.append(functional.linear(expert_act(x, expert, config), expert.down, expert.down_bias).float())
@@ -85,8 +84,8 @@ class _Side:
 
 @torch.inference_mode()
 def compare_experts(
-    baseline: Checkpoint,
-    candidates: list[Checkpoint],
+    baseline: Source,
+    candidates: list[Source],
     layout: Layout,
     dtype: torch.dtype = torch.float32,
     on_layer: Callable[[], None] = lambda: None,
@@ -117,11 +116,11 @@ def _layer(base_stream: Stream, streams: list[Stream], index: int) -> list[dict[
     E = base_stream.config.experts
     for number in range(E):
         token, slot = rows_of(base.index, number)
-        weights = base_stream.checkpoint.expert(index, number, base_stream.dtype)
+        weights = base_stream.source.expert(index, number, base_stream.dtype)
         exact = expert_output(base.x[token], weights, base_stream.config)
         base.out.index_add_(0, token, exact * base.prob[token, slot, None])
         for side, x, out, error in zip(sides, clean, clean_out, errors, strict=True):
-            weights = side.stream.checkpoint.expert(index, number, side.stream.dtype)
+            weights = side.stream.source.expert(index, number, side.stream.dtype)
             got = expert_output(x[token], weights, side.stream.config)
             out.index_add_(0, token, got * base.prob[token, slot, None])
             error.append(relative_error(got, exact))
@@ -130,8 +129,8 @@ def _layer(base_stream: Stream, streams: list[Stream], index: int) -> list[dict[
     for side, out, error in zip(sides, clean_out, errors, strict=True):
         entries.append(
             {
-                "tokens": torch.bincount(base.index.flatten(), minlength=E).tolist(),
-                "candidate_tokens": torch.bincount(side.index.flatten(), minlength=E).tolist(),
+                "tokens": torch.bincount(base.index.flatten(), minlength=E).cpu().tolist(),
+                "candidate_tokens": torch.bincount(side.index.flatten(), minlength=E).cpu().tolist(),
                 "expert_error": error,
                 "topk_agreement": agreement(base.index, side.index),
                 "router_kl": router_kl(base.logits, side.logits),

@@ -21,10 +21,11 @@ def fidelity(
     text: TextSpec,
     dtype: torch.dtype,
     progress: Progress = silent,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Return {"text", "suspect", "warnings", "dtype", "seconds", "results": {name: summary}}.
+    """Return {"text", "suspect", "warnings", "dtype", "device", "seconds", "results": {name: summary}}.
 
-    All candidates are measured on the baseline's tokens.
+    All candidates are measured on the baseline's tokens; `device` is where the models run.
     """
     tokenizer = load_tokenizer(baseline.side)
     tokens = load_tokens(text, tokenizer)
@@ -36,7 +37,7 @@ def fidelity(
             )
     started = time.perf_counter()
     step = counter(progress, "evaluate: layer", baseline.config.layers * (1 + len(candidates)))
-    results = evaluate(baseline, list(candidates.values()), tokens.ids, dtype, step)
+    results = evaluate(baseline, list(candidates.values()), tokens.ids, dtype, step, device)
     first = results[0]
     suspect = suspicion(first["baseline_perplexity"], first["tokens"], baseline.config.vocab)
     warnings = [words for name, candidate in candidates.items() for words in pair_warnings(baseline, candidate, name)]
@@ -45,6 +46,7 @@ def fidelity(
         "suspect": suspect,
         "warnings": warnings + ([f"baseline {baseline.path}: SUSPECT: {suspect}"] if suspect else []),
         "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
         "seconds": round(time.perf_counter() - started, 1),
         "results": dict(zip(candidates, results, strict=True)),
     }

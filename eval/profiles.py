@@ -36,6 +36,7 @@ class Wanted:
     tasks: Sequence[str]  # names, `offline` for the packaged ones; empty for none
     profile: str = "full"
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     text_tokens: int | None = None
     seq_len: int = 512
     column: str | None = None
@@ -68,6 +69,7 @@ class Wanted:
             ),
             tasks=tasks if names else None,
             dtype=self.dtype,
+            device=self.device,
             expert_tokens=profile.expert_tokens if self.expert_tokens is None else self.expert_tokens,
             prompts=PROMPTS[: profile.prompts if self.examples is None else self.examples],
             new_tokens=profile.new_tokens,

@@ -19,6 +19,7 @@ import torch
 
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.suite import suite_config, suite_files
+from gptoss_quantize.source import placed
 
 # what every item of a task is measured by: the first that the task has and that is right or wrong
 BINARY_METRICS = ("acc", "exact_match", "acc_norm")
@@ -170,12 +171,16 @@ def task_model(
     load_model: Callable[[], Any] | None,
     on_layer: Callable[[], None],
     on_blocks: Callable[[int], None] = lambda count: None,
+    device: str = "cpu",
 ) -> Any:
-    """Return a checkpoint as an lm-eval model; `answers` is the file that keeps what was computed."""
+    """Return a checkpoint as an lm-eval model; `answers` is the file that keeps what was computed.
+
+    `device` is where log-probabilities are computed; `load_model` decides where text is generated.
+    """
     _need_lm_eval()
     from gptoss_quantize.eval.lm import Answers, StreamedLM  # noqa: PLC0415
 
-    return StreamedLM(
+    lm = StreamedLM(
         checkpoint,
         tokenizer,
         dtype=dtype,
@@ -184,3 +189,5 @@ def task_model(
         on_layer=on_layer,
         on_blocks=on_blocks,
     )
+    lm.source = placed(checkpoint, device)
+    return lm

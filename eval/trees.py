@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch.nn import functional
 
-from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.model import (
     BATCH_TOKENS,
     attention,
+    embed,
     logits,
     mlp_input,
     moe,
@@ -31,6 +30,7 @@ from gptoss_quantize.model import (
     rope_tables,
     router,
 )
+from gptoss_quantize.source import Source
 
 CHUNK_ELEMENTS = 1 << 24
 
@@ -116,6 +116,10 @@ class Batch:
     position: torch.Tensor  # [N, S]
     visible: torch.Tensor  # [N, 1, S, S] without any window
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__slots__))
+
     def windowed(self, window: int | None) -> torch.Tensor:
         """Return the visibility [N, 1, S, S] under a sliding window of so many tokens."""
         if window is None or int(self.position.max()) < window:
@@ -149,19 +153,20 @@ def batches_of(layout: Layout, batch_tokens: int = BATCH_TOKENS) -> Iterator[Bat
 class Stream:
     """One model on one layout, a decoder layer at a time: `attend(i)`, then `mlp(i)`, then the next layer.
 
-    `h` is the float32 residual stream [T, D]. Weights are read when a layer needs them and dropped after it.
+    `h` is the float32 residual stream [T, D]. Weights are read when a layer needs them and dropped after it. All of
+    it happens on the device that the source's tensors are on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, dtype: torch.dtype = torch.float32):
-        self.checkpoint, self.config, self.dtype = checkpoint, checkpoint.config, dtype
-        self.h = functional.embedding(layout.ids, checkpoint.dense("model.embed_tokens.weight")).float()
-        self.rope = rope_tables(checkpoint.config, layout.depth)
-        self.batches = list(batches_of(layout))
+    def __init__(self, source: Source, layout: Layout, dtype: torch.dtype = torch.float32):
+        self.source, self.config, self.dtype = source, source.config, dtype
+        self.h = embed(source, layout.ids)
+        self.rope = rope_tables(source.config, layout.depth, str(self.h.device))
+        self.batches = [batch.to(self.h.device) for batch in batches_of(layout)]
         self.layer: dict[str, torch.Tensor] = {}
 
     def attend(self, index: int) -> None:
         """Read layer `index` (without its experts) and add its attention output to the residual stream."""
-        self.layer = self.checkpoint.layer(index)
+        self.layer = self.source.layer(index)
         window = self.config.window(index)
         for batch in self.batches:
             x = rms_norm(self.h[batch.row], self.layer["input_layernorm.weight"], self.config.rms_eps)
@@ -177,40 +182,46 @@ class Stream:
     def mlp(self, index: int) -> None:
         """Add the expert block's output to the residual stream."""
         x, chosen, prob = self.routed()
-        self.h += moe(x.to(self.dtype), chosen, prob, self.checkpoint.experts(index, self.dtype), self.config)
+        self.h += moe(x.to(self.dtype), chosen, prob, self.source.experts(index, self.dtype), self.config)
 
     def final(self) -> torch.Tensor:
         """Return the normed final hidden states [T, D]."""
-        return rms_norm(self.h, self.checkpoint.dense("model.norm.weight"), self.config.rms_eps)
+        return rms_norm(self.h, self.source.dense("model.norm.weight"), self.config.rms_eps)
 
 
 @torch.inference_mode()
 def predicting_states(
-    checkpoint: Checkpoint,
+    source: Source,
     layout: Layout,
     dtype: torch.dtype = torch.float32,
     on_layer: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Return the final hidden states [P, D] (float32) that predict `layout.target`, streaming the model."""
-    stream = Stream(checkpoint, layout, dtype)
-    for index in range(checkpoint.config.layers):
+    """Return the final hidden states [P, D] (float32) that predict `layout.target`, streaming the model.
+
+    They stay on the device that the source's tensors are on.
+    """
+    stream = Stream(source, layout, dtype)
+    for index in range(source.config.layers):
         stream.attend(index)
         stream.mlp(index)
         on_layer()
-    return stream.final()[layout.source]
+    return stream.final()[layout.source.to(stream.h.device)]
 
 
 @torch.inference_mode()
 def target_logprobs(
     hidden_PD: torch.Tensor, head_VD: torch.Tensor, target_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (log-probability of each target [P] in nats, whether it is the most probable token [P])."""
+    """Return (log-probability of each target [P] in nats, whether it is the most probable token [P]), on the CPU.
+
+    The products run where the head is.
+    """
     value, greedy = torch.empty(len(target_P)), torch.empty(len(target_P), dtype=torch.bool)
     step = max(1, CHUNK_ELEMENTS // head_VD.shape[0])
     for start in range(0, len(target_P), step):
         part = slice(start, start + step)
-        scores = logits(hidden_PD[part], head_VD)
-        chosen = scores.gather(1, target_P[part, None]).squeeze(1)
-        value[part] = chosen - torch.logsumexp(scores, dim=-1)
-        greedy[part] = scores.argmax(-1) == target_P[part]
+        scores, target = logits(hidden_PD[part].to(head_VD.device), head_VD), target_P[part].to(head_VD.device)
+        chosen = scores.gather(1, target[:, None]).squeeze(1)
+        value[part] = (chosen - torch.logsumexp(scores, dim=-1)).cpu()
+        greedy[part] = (scores.argmax(-1) == target).cpu()
     return value, greedy

@@ -35,10 +35,10 @@ def at_least(least: float, **amounts: float | None) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
 
 
-def products(dtype: str) -> torch.dtype:
-    """Return the dtype of matrix products on the processor that a name stands for."""
+def products(dtype: str, device: str = "cpu") -> torch.dtype:
+    """Return the dtype of matrix products on a device that a name stands for."""
     known("--dtype", dtype, DTYPES)
-    return DTYPES[dtype] or compute_dtype("cpu")
+    return DTYPES[dtype] or compute_dtype(device)
 
 
 def size(value: int | str, option: str) -> int:

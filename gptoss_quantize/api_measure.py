@@ -17,6 +17,7 @@ from gptoss_quantize.eval.model_card import compared, evaluated
 from gptoss_quantize.eval.network import check_reachable
 from gptoss_quantize.eval.profiles import Wanted, name_candidates
 from gptoss_quantize.eval.report import write_report
+from gptoss_quantize.machine import fitting, pick_device
 from gptoss_quantize.model_card import hub_name, put_results
 from gptoss_quantize.results import Comparison, Evaluation
 from gptoss_quantize.terminal import showing
@@ -33,6 +34,7 @@ def evaluate(
     chat_template: bool = True,
     adapter: Place | None = None,
     revision: str | None = None,
+    device: str = "auto",
     dtype: str = "float32",
     model_card: bool = False,
     progress: Show = None,
@@ -45,17 +47,20 @@ def evaluate(
         text: heldout, a .txt, .jsonl or .parquet file, or hf:NAME.
         tokens: the token budget; all of the text without it.
         adapter: a PEFT LoRA adapter of the baseline, a directory or hub name.
+        device: auto, cpu or cuda: of all layers and the head; files are read and unpacked on the processor. Never run
+            on a card, only by source.
         model_card: put the numbers into the candidates' README.md.
         seq_len, column, chat_template, revision, dtype, progress: as for `quantize`.
     """
     spec = TextSpec(
         source=str(text), column=column, tokens=tokens, seq_len=seq_len, chat_template=chat_template, shuffle=False
     )
+    place = pick_device(device)
     base = open_checkpoint(baseline, adapter, revision)
     opened = _open(candidates, model_card)
     tell_notes(progress, base, *opened.values())
-    with showing(progress) as show:
-        record = fidelity(base, opened, spec, products(dtype), show)
+    with showing(progress) as show, fitting(place, "take fewer --tokens"):
+        record = fidelity(base, opened, spec, products(dtype, place), show, place)
     if model_card:
         for name, result in record["results"].items():
             put_results(opened[name].path, evaluated(result, str(base.path), spec.source, __version__))
@@ -93,6 +98,7 @@ def compare(
     examples: int | None = None,
     adapter: Place | None = None,
     revision: str | None = None,
+    device: str = "auto",
     dtype: str = "float32",
     model_card: bool = False,
     command: str = "",
@@ -118,6 +124,8 @@ def compare(
         expert_tokens: tokens for the expert section; 0 leaves it out.
         examples: example prompts, 0 to 3.
         adapter: a PEFT LoRA adapter of the baseline, a directory or hub name.
+        device: auto, cpu or cuda: of texts, experts and tasks of choices. On the processor remain the reading and
+            unpacking of files, example answers, and tasks that generate text. Never run on a card, only by source.
         model_card: put each candidate's numbers into its own README.md too.
         command: what the report says it was made by.
         seq_len, column, revision, dtype, progress: as for `quantize`.
@@ -125,13 +133,14 @@ def compare(
     at_least(2, text_tokens=text_tokens)
     at_least(1, limit=limit)
     at_least(0, num_fewshot=num_fewshot, margin=margin, expert_tokens=expert_tokens, examples=examples)
-    names = words(tasks)
+    names, place = words(tasks), pick_device(device)
     check_reachable(names)
     wanted = Wanted(
         texts=[str(text)] if isinstance(text, str | Path) else list(map(str, text)),
         tasks=[] if names == ["none"] else names,
         profile=profile,
-        dtype=products(dtype),
+        dtype=products(dtype, place),
+        device=place,
         text_tokens=text_tokens,
         seq_len=seq_len,
         column=column,
@@ -148,7 +157,7 @@ def compare(
     if dest.exists() and not dest.is_dir():
         raise InputError(f"{dest}: is a file; give a directory for the report (--report)")
     dest.mkdir(parents=True, exist_ok=True)
-    with showing(progress) as show:
+    with showing(progress) as show, fitting(place, "take fewer --text-tokens"):
         record = comparison.compare(base, opened, wanted, dest, steps.counters(show)) | {"command": command}
     write_report(record, dest)
     if model_card:

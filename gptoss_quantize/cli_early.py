@@ -8,6 +8,7 @@ sooner. The facts about formats are those of `layouts` and `quantize.scales` (a 
 import json
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def check_numbers(*, memory: str | None = None, device: str = "auto") -> None:
         parse_size(memory, "--memory")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"--device {device}: expected auto, cpu or cuda")
+    if device.startswith("cuda") and (version := _torch_for_processors()):
+        raise InputError(f"--device {device}: torch {version} sees no CUDA device; use --device cpu")
+
+
+def _torch_for_processors() -> str | None:
+    """Return the version of a torch that was built without CUDA and ROCm, without importing it; None for others."""
+    found = find_spec("torch")
+    facts = Path(found.origin or "").with_name("version.py") if found is not None else None
+    if facts is None or not facts.is_file():
+        return None
+    said = dict(
+        re.findall(r"^(\w+)(?:\s*:[^=\n]*)?\s*=\s*(.+?)\s*$", facts.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    if not said.keys() >= {"cuda", "hip", "__version__"} or {said["cuda"], said["hip"]} != {"None"}:
+        return None
+    return said["__version__"].strip("'\"")
 
 
 def check_export(to: str, dtype: str, dense_type: str, expert_type: str) -> None:

@@ -49,6 +49,9 @@ def evaluate(
     chat_template: ChatOpt = True,
     adapter: AdapterOpt = None,
     revision: RevisionOpt = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; files are read and unpacked on the processor.")
+    ] = "auto",
     dtype: DtypeOpt = Dtype.float32,
     model_card: ModelCardOpt = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
@@ -58,6 +61,7 @@ def evaluate(
     early.check_input(baseline, adapter, revision, "--baseline")
     early.check_input(candidate)
     early.check_text(text, tokens, seq_len)
+    early.check_numbers(device=device)
     starting()
     from gptoss_quantize import api
 
@@ -71,6 +75,7 @@ def evaluate(
         chat_template=chat_template,
         adapter=adapter,
         revision=revision,
+        device=device,
         dtype=dtype.value,
         model_card=model_card,
         progress=True,
@@ -124,6 +129,13 @@ def compare(
         Path | None, typer.Option(help="PEFT LoRA adapter of the baseline, a directory or hub name.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu or cuda, for texts, experts and tasks of choices. Example answers, tasks that generate "
+            "text, and reading stay on the processor."
+        ),
+    ] = "auto",
     dtype: Annotated[Dtype, typer.Option(case_sensitive=False, help="Dtype of matrix products.")] = Dtype.float32,
     model_card: ModelCardOpt = False,
 ) -> None:
@@ -138,6 +150,7 @@ def compare(
     early.check_input(baseline, adapter, revision, "--baseline")
     for source in text or []:
         early.check_text(source)
+    early.check_numbers(device=device)
     from gptoss_quantize.eval.network import check_reachable
 
     check_reachable(name.strip() for name in tasks.split(","))
@@ -162,6 +175,7 @@ def compare(
         examples=examples,
         adapter=adapter,
         revision=revision,
+        device=device,
         dtype=dtype.value,
         model_card=model_card,
         command=shlex.join(["gptoss-quantize", *sys.argv[1:]]),

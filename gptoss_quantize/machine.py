@@ -27,6 +27,15 @@ def pick_device(device: str) -> str:
     return device
 
 
+@contextmanager
+def fitting(device: str, remedy: str) -> Iterator[None]:
+    """Raise InputError with a remedy where the memory of a card does not hold what is done meanwhile."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise InputError(f"--device {device}: does not fit into its memory; {remedy}, or --device cpu") from None
+
+
 def compute_dtype(device: str) -> torch.dtype:
     """Return the dtype that matrix products run fastest in: bfloat16 where the hardware multiplies it natively."""
     if device.startswith("cuda"):

@@ -154,8 +154,9 @@ def batches(sequences: int, seq_len: int) -> list[slice]:
 
 
 def embed(source: Source, ids_NS: torch.Tensor) -> torch.Tensor:
-    """Return the float32 residual stream [N, S, D] at the bottom of the model."""
-    return functional.embedding(ids_NS, source.dense("model.embed_tokens.weight")).float()
+    """Return the float32 residual stream [N, S, D] at the bottom of the model, on the device of its tensors."""
+    table = source.dense("model.embed_tokens.weight")
+    return functional.embedding(ids_NS.to(table.device), table).float()
 
 
 @torch.inference_mode()
@@ -165,11 +166,14 @@ def hidden_states(
     dtype: torch.dtype = torch.float32,
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> torch.Tensor:
-    """Return the final hidden states [N, S, D] (normed, float32), streaming the model layer by layer."""
+    """Return the final hidden states [N, S, D] (normed, float32), streaming the model layer by layer.
+
+    They are computed, and stay, on the device that the source's tensors are on.
+    """
     config = source.config
     N, S = ids_NS.shape
     h = embed(source, ids_NS)
-    rope = rope_tables(config, S)
+    rope = rope_tables(config, S, str(h.device))
     for i in range(config.layers):
         layer = source.layer(i)
         for batch in batches(N, S):

@@ -59,6 +59,26 @@ class Source(Protocol):
         return (self.expert(layer, e, dtype) for e in range(self.config.experts))
 
 
+class Placed(Source):
+    """A source whose tensors stand on a device as soon as they are read and unpacked, which the processor does."""
+
+    def __init__(self, source: Source, device: torch.device | str):
+        self.config, self._source, self._device = source.config, source, torch.device(device)
+
+    def dense(self, name: str) -> torch.Tensor:
+        """Return a tensor outside the experts, on the device."""
+        return self._source.dense(name).to(self._device)
+
+    def expert(self, layer: int, expert: int, dtype: torch.dtype = torch.float32) -> Expert:
+        """Return one expert's weights in a dtype, on the device."""
+        return self._source.expert(layer, expert, dtype).to(self._device)
+
+
+def placed(source: Source, device: torch.device | str) -> Source:
+    """Return a source whose tensors are on a device: itself for the processor."""
+    return source if torch.device(device).type == "cpu" else Placed(source, device)
+
+
 class StoredSource(Source, Protocol):
     """A source that lies in files: what can be exported."""
 

@@ -116,6 +116,22 @@ def test_refused_input_is_1(command, tiny, tmp_path, text):
     assert tiny.snapshot(tmp_path) == before
 
 
+@pytest.mark.skipif(torch.version.cuda is not None or torch.version.hip is not None, reason="torch is for cards too")
+@pytest.mark.parametrize("words", [["quantize", "{}", "o"], ["evaluate", "{}", "--baseline", "{}"],
+                                   ["compare", "{}", "--baseline", "{}", "--report", "r"]])  # fmt: skip
+def test_a_card_that_is_not_there_is_refused_before_torch_is_imported(tiny, tmp_path, words):
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += "from gptoss_quantize.cli import main; main()"
+    given = [word.format(tiny.path("bf16")) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *given, "--device", "cuda:1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "False\n"), done
+    message = f"refused: --device cuda:1: torch {torch.__version__} sees no CUDA device; use --device cpu"
+    assert done.stderr.strip() == message and not list(tmp_path.iterdir())
+
+
 def test_a_path_in_a_message_is_not_markup(command, tmp_path):
     (tmp_path / "[red]model").mkdir()
     refused(command("quantize", tmp_path / "[red]model", tmp_path / "out"), "[red]model/config.json")
