@@ -20,7 +20,8 @@ from typing import Any
 from gptoss_quantize.api_hub import push
 from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size, tell_notes
 from gptoss_quantize.api_measure import compare, evaluate
-from gptoss_quantize.api_runtimes import export, import_checkpoint, plan, verify
+from gptoss_quantize.api_plan import plan
+from gptoss_quantize.api_runtimes import export, import_checkpoint, verify
 from gptoss_quantize.api_talk import generate
 from gptoss_quantize.calibration.sanity import first_look
 from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens

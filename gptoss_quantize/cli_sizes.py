@@ -38,11 +38,11 @@ def plan(
     early.check_file(json_out, "--json")
     early.check_plan(model, context)
     parse_size(gpu_memory, "--gpu-memory")
-    starting()
-    from gptoss_quantize import api
+    starting("torch")
+    from gptoss_quantize import api_plan
 
     console = Console(emoji=False)
-    found = api.plan(
+    found = api_plan.plan(
         model,
         method,
         group_size=group_size,

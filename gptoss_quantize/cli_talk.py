@@ -301,7 +301,7 @@ def env(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print what a bug report needs: versions, processor, memory, cards, and which kernel would run and why."""
-    starting()
+    starting("torch")
     from gptoss_quantize.env import lines, report
 
     found = report()

@@ -11,10 +11,10 @@ from gptoss_quantize import advice
 from gptoss_quantize.terminal import console
 
 
-def starting() -> None:
+def starting(what: str = "torch and transformers") -> None:
     """Say that something is going on, before what takes seconds to load; nothing where it is loaded already."""
     if "torch" not in sys.modules:
-        console.print("loading torch and transformers", style="dim", highlight=False)
+        console.print(f"loading {what}", style="dim", highlight=False)
 
 
 def next_step(command: str, *words: object) -> None:

@@ -1,6 +1,8 @@
 """The plan: bytes equal to what is written, caches counted as the runtimes count them, verdicts that follow."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -312,3 +314,16 @@ def test_the_answer_comes_first_and_fits_80_columns(memory, answer, capsys):
     # commands are one line each, to be copied
     assert all(len(line) <= 80 or " -m " in line or "serve " in line or " export " in line for line in lines)
     assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize("model", ["20b", "a directory"])
+def test_a_plan_does_not_wait_for_transformers(tiny, model):
+    heavy = ("transformers", "datasets", "accelerate", "lm_eval", "pandas")
+    code = f"import atexit, sys; atexit.register(lambda: print('LOADED', [x for x in {heavy} if x in sys.modules])); "
+    code += "from gptoss_quantize.cli import main; main()"
+    given = model if model == "20b" else str(tiny.path("bf16"))
+    command = [sys.executable, "-P", "-c", code, "plan", given, "--no-measure"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Does it fit?" in done.stdout and done.stdout.splitlines()[-1] == "LOADED []"
+    assert "loading torch\n" in done.stderr
