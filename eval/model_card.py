@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from gptoss_quantize.eval.ranking import rank
 from gptoss_quantize.eval.verdict import points
 from gptoss_quantize.model_card import front_matter, hub_name
 
@@ -15,11 +16,10 @@ model = gptoss_quantize.load("{name}")  # transformers' GptOssForCausalLM, exper
 
 
 def best(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the candidate with the lowest KL divergence on the first text, or the first where no text was run."""
-    candidates: list[dict[str, Any]] = record["candidates"]
-    if not candidates[0]["texts"]:
-        return candidates[0]
-    return min(candidates, key=lambda c: float(c["texts"][0]["summary"]["kl_mean"]))
+    """Return the candidate that the ranking puts first, as report.html does (`eval.ranking`)."""
+    first = rank(record["candidates"], record["suspect"])["order"][0]["name"]
+    found: dict[str, Any] = next(entry for entry in record["candidates"] if entry["name"] == first)
+    return found
 
 
 def _made(entry: dict[str, Any]) -> list[str]:

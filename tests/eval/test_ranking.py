@@ -2,6 +2,7 @@
 
 import pytest
 
+from gptoss_quantize.eval.model_card import best
 from gptoss_quantize.eval.ranking import rank
 
 
@@ -68,3 +69,14 @@ def test_an_alarm_or_a_suspect_baseline_stops_it_too():
 def test_without_texts_there_is_still_an_answer():
     entry = candidate("a") | {"texts": []}
     assert rank([entry], None)["ship"] == "a"
+
+
+def test_the_card_is_of_the_one_that_the_page_puts_first():
+    # the lowest divergence is broken, and the next one larger than one that cannot be told from it
+    record = {
+        "candidates": [candidate("a", 0.01, "broken"), candidate("b", 0.03), candidate("c", 0.031, mib=400)],
+        "suspect": None,
+    }
+    assert best(record)["name"] == rank(record["candidates"], None)["ship"] == "c"
+    record["candidates"] = [candidate("a", 0.01, "broken"), candidate("b", 0.03, "worse") | {"texts": []}]
+    assert best(record)["name"] == "b"
