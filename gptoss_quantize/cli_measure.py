@@ -182,6 +182,29 @@ def compare(
         progress=True,
     )
     print_verdicts(done.report, report)
+    next_step(*after_comparing(done.report, baseline, report, adapter))
+
+
+def after_comparing(record: dict[str, Any], baseline: str, report: Path, adapter: Path | None) -> list[str]:
+    """Return the command that what was found asks for: use the one to ship, or settle why there is none."""
+    from gptoss_quantize.eval.ranking import rank
+
+    found = rank(record["candidates"], record["suspect"])
+    path = {entry["name"]: entry["path"] for entry in record["candidates"]}
+    first = next(e for e in record["candidates"] if e["name"] == found["order"][0]["name"])
+    merged = [] if adapter is None else ["--adapter", str(adapter)]
+    if found["ship"] is not None:
+        return ["chat", path[found["ship"]]]
+    if record["suspect"] is not None:
+        return ["generate", baseline, "--prompt", "Why is the sky blue?"]
+    if first["verdict"]["level"] in ("unmeasured", "uncertain"):
+        tasks = record["settings"]["tasks"]
+        # every packaged question; where they were all asked, others' too. What is computed already is kept
+        more = ["--tasks", "offline,arc_easy"] if tasks is not None and tasks["limit"] is None else []
+        return ["compare", *path.values(), "--baseline", baseline, *merged, "--report", str(report), *more]
+    if first["verdict"]["level"] == "broken":
+        return ["verify", first["path"], "--baseline", baseline]
+    return ["quantize", baseline, f"{Path(first['path']).name}-more-text", *merged, "--tokens", "131072"]
 
 
 def print_verdicts(record: dict[str, Any], report: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from gptoss_quantize import cli_early as early
 from gptoss_quantize.cli_options import DeviceOpt, Dtype, DtypeOpt
-from gptoss_quantize.cli_words import starting
+from gptoss_quantize.cli_words import next_step, starting
 from gptoss_quantize.errors import InputError
 
 ModelArg = Annotated[str, typer.Argument(help="An int4 checkpoint of ours, any gpt-oss directory, or a hub name.")]
@@ -83,6 +83,10 @@ def generate(
         raise typer.Exit(INTERRUPTED) from None
     screen.write("\n")
     note(speed_line(answer.made))
+    if raw:
+        next_step("generate", model, "--raw", "--prompt", prompt, "--max-new-tokens", 2 * max_new_tokens)
+    else:
+        next_step("chat", model)
 
 
 class Screen:
@@ -306,6 +310,7 @@ def env(
 
     found = report()
     print(json.dumps(found, indent=1) if as_json else "\n".join(lines(found)))
+    next_step("plan", "20b")
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"generate": generate, "chat": chat, "env": env}

@@ -148,7 +148,9 @@ def test_generate_without_a_chat_template(command, tiny, tmp_path):
     path = tiny.copy("bf16", tmp_path / "model")
     (path / "chat_template.jinja").unlink()
     refused(command("generate", path, "--prompt", "hello"), str(path), "no chat template", "--raw")
-    assert command("generate", path, "--prompt", "hello", "--raw", "--max-new-tokens", "2")[0] == 0
+    code, _, err = command("generate", path, "--prompt", "hello", "--raw", "--max-new-tokens", "2")
+    assert code == 0
+    assert err.splitlines()[-1] == f"try: gptoss-quantize generate {path} --raw --prompt hello --max-new-tokens 4"
     refused(command("generate", path, "--prompt", "", "--raw"), "prompt is empty")
 
 
@@ -221,7 +223,8 @@ def test_quantize_evaluate_generate(command, tiny, tmp_path, text, method):
     code, answer, err = command("generate", out, "--prompt", "The sea", "--max-new-tokens", "6", "--dtype", "float32")
     assert code == 0
     assert answer.strip("\n")
-    assert len(err.splitlines()) == 1 and "tokens/s" in err
+    speed, following = err.splitlines()
+    assert "tokens/s" in speed and following == f"try: gptoss-quantize chat {out}"
     # packed or unpacked source: both have a chat template and answer
     assert command("generate", model, "--prompt", "The sea", "--max-new-tokens", "2")[0] == 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_quantize.cli_measure import after_comparing
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.profiles import Wanted, name_candidates
 
@@ -90,6 +91,9 @@ def test_a_report_is_written_and_the_verdict_printed(command, tiny, tmp_path):
     assert code == 0, err
     assert "mxfp4: worse than the baseline; KL divergence" in err and "which no accuracy outvotes" in err
     assert "4.25 bits per expert weight; top-1 agreement" in err
+    assert (
+        err.splitlines()[-1] == f"try: gptoss-quantize generate {tiny.path('bf16')} --prompt 'Why is the sky blue?'"
+    )
     # a model of random numbers is named
     assert "warning: baseline" in err and "above half of its vocabulary of 300" in err
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
@@ -110,3 +114,40 @@ def test_refusals_are_one_message(command, tiny, tmp_path):
     code, err = command(*base, "--report", tmp_path / "file")
     assert code == 1 and "is a file; give a directory" in err
     assert command("compare", "--baseline", "x", "--report", "y")[0] == 2
+
+
+def found(*levels: str, suspect: str | None = None, limit: int | None = 34, alarms: tuple[str, ...] = ()) -> dict:
+    """The parts of a record that say what to do next; the first candidate is the closest."""
+    entries = []
+    for i, level in enumerate(levels):
+        kl = 0.01 * (i + 1)
+        text = {"summary": {"kl_mean": kl}, "details": {"kl_mean_interval": [kl - 0.001, kl + 0.001]}}
+        verdict = {"level": level, "alarms": list(alarms)}
+        entries.append(
+            {"name": f"c{i}", "path": f"/at/c{i}", "cost": {"bytes": 100}, "texts": [text], "verdict": verdict}
+        )
+    return {"candidates": entries, "suspect": suspect, "settings": {"tasks": {"limit": limit}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (found("broken", "equivalent"), "chat /at/c1"),
+        (found("equivalent", suspect="it knows nothing"), "generate base --prompt 'Why is the sky blue?'"),
+        (found("uncertain", "worse"), "compare /at/c0 /at/c1 --baseline base --adapter lora --report report"),
+        (
+            found("uncertain", limit=None),
+            "compare /at/c0 --baseline base --adapter lora --report report --tasks offline,arc_easy",
+        ),
+        (found("broken"), "verify /at/c0 --baseline base"),
+        (found("broken", "worse"), "quantize base c1-more-text --adapter lora --tokens 131072"),
+        (
+            found("equivalent", alarms=("a task fell",)),
+            "quantize base c0-more-text --adapter lora --tokens 131072",
+        ),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_the_next_step_is_what_the_ranking_asks_for(record, words):
+    got = shlex.join(map(str, after_comparing(record, "base", Path("report"), Path("lora"))))
+    assert got == words

@@ -61,7 +61,7 @@ def test_the_command_is_quick_and_says_it_in_lines_or_json(tmp_path):
     done = run("--json", HF_HOME=str(tmp_path / "hf"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found) == PARTS and done.stderr == "loading torch\n"
+    assert list(found) == PARTS and done.stderr == "loading torch\ntry: gptoss-quantize plan 20b\n"
     assert found["caches"]["HF_HOME"] == str(tmp_path / "hf") == found["environment"]["HF_HOME"]
     assert found["processor"]["threads of torch"] == 1
     shown = env.lines(found)
