@@ -97,7 +97,7 @@ def evaluate(
 def print_warnings(record: dict[str, Any]) -> None:
     """Print what makes the numbers of a record doubtful."""
     for words in record["warnings"]:
-        console.print(f"[bold red]warning:[/bold red] {escape(words)}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]warning:[/bold red] {escape(words)}", highlight=False)
 
 
 def compare(
@@ -213,7 +213,7 @@ def print_verdicts(record: dict[str, Any], report: Path) -> None:
     for entry in record["candidates"]:
         style = STYLES[entry["verdict"]["level"]]
         line = f"[{style}]{escape(entry['name'])}[/{style}]: {escape(entry['verdict']['sentence'])}"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False)
     console.print(f"{report / 'report.html'} written, {record['seconds']:.0f} s", soft_wrap=True)
 
 

@@ -182,7 +182,7 @@ def _table(title: str, *columns: str) -> Table:
     """Return a table whose first column is text and whose others are numbers."""
     table = Table(title=title)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
     return table
 
 
@@ -192,7 +192,7 @@ def _sparsity_table(record: dict[str, Any]) -> Table:
     table.add_column("")
     for row in record["sparsity"]:
         numbers = f"{row['total'] / 1e9:.1f} B", f"{row['active'] / 1e9:.2f} B", f"{100 * row['share']:.1f} %"
-        bar = "#" * max(1, round(50 * row["share"]))
+        bar = "#" * max(1, round(24 * row["share"]))
         table.add_row(escape(row["model"]), *numbers, bar, style="bold" if row["this"] else None)
     return table
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ import psutil
 from gptoss_quantize import __version__
 from gptoss_quantize.units import gib
 
+WIDTH = 80
 DISTRIBUTION = "gptoss-quantize"
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "datasets", "pyarrow",
@@ -185,7 +187,16 @@ def caches() -> dict[str, str]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """Return a report for people, a fact a line."""
+    """Return a report for people, a fact a line; words that do not fit into `WIDTH` columns go on below, indented."""
+    out: list[str] = []
+    for line in _facts(found):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        # a path is not broken: it is there to be copied
+        out += wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return out
+
+
+def _facts(found: dict[str, Any]) -> list[str]:
     out = []
     for name, value in found.items():
         if isinstance(value, dict):
