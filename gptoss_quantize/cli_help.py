@@ -35,6 +35,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "evaluate": ("gptoss-quantize evaluate my-int4 --baseline my-finetune",),
     "compare": ("gptoss-quantize compare my-int4 --baseline my-finetune --report report",),
     "demo": ("gptoss-quantize demo demo-out",),
+    "demo-model": ("gptoss-quantize demo-model demo-model", "gptoss-quantize demo-model demo-mxfp4 --mxfp4"),
+    "synthetic-model": ("gptoss-quantize synthetic-model layer --like gpt-oss-120b --layers 1",),
+    "env": ("gptoss-quantize env", "gptoss-quantize env --json"),
     "generate": ("gptoss-quantize generate my-int4 --prompt 'Why is the sky blue?'",),
     "chat": ("gptoss-quantize chat my-int4 --temperature 1",),
     "plan": (

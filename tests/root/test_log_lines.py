@@ -135,6 +135,10 @@ def test_help_is_whole_at_80_columns(name, monkeypatch):
     assert places == sorted(places)
 
 
+def test_every_command_has_an_example():
+    assert EXAMPLES.keys() == COMMANDS.keys()
+
+
 @pytest.mark.parametrize("example", [line for lines in EXAMPLES.values() for line in lines])
 def test_examples_parse(example):
     name, *words = words_of(example)
