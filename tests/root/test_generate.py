@@ -160,7 +160,9 @@ def test_text_arrives_while_it_is_made(started):
     # the rest of the tokens took their time after it
     assert time.monotonic() - seen > pause * started.tokens / 2
     assert (first + rest).decode() == WORDS + "\n"
-    found = re.fullmatch(SPEED, err.decode().strip())
+    speed, following = err.decode().splitlines()
+    assert following.startswith("try: gptoss-quantize chat ")
+    found = re.fullmatch(SPEED, speed)
     # the end of text counts: it was made like any other token
     assert found and int(found[2]) == started.tokens + 1 and found[3], err.decode()
     assert 0 < float(found[3].split()[1]) < 1 / pause
