@@ -27,9 +27,10 @@ from gptoss_quantize.calibration.text import FIXED_DATE, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval.examples import load_model, too_large
-from gptoss_quantize.eval.lm import StreamedLM
+from gptoss_quantize.eval.lm import Answer, Pair, StreamedLM
 from gptoss_quantize.hub import resolve
-from gptoss_quantize.machine import compute_dtype, pick_device
+from gptoss_quantize.machine import compute_dtype, fitting, pick_device
+from gptoss_quantize.source import placed
 
 log = logging.getLogger("lm_eval")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -165,7 +166,7 @@ class PackedLM(_Ours, HFLM):
 
 
 class StreamedModel(_Ours, StreamedLM):
-    """What `compare` runs, as a model of lm-eval: layer by layer on the processor, whole only to generate text.
+    """What `compare` runs, as a model of lm-eval: layer by layer on a device, text generated whole on the processor.
 
     `batch_size` is that of generation; log-probabilities are computed in blocks of 32,768 tokens. dtype auto is
     float32, as in `compare`.
@@ -182,10 +183,9 @@ class StreamedModel(_Ours, StreamedLM):
         **options: Any,
     ):
         _check_options(options, ())
-        if device not in (None, "auto", "cpu"):
-            raise InputError(f"--device {device}: gptoss-streamed runs on the processor; take --model gptoss-int4")
+        place = pick_device(device or "auto")
         checkpoint = _open(pretrained, revision, peft)
-        products = torch.float32 if dtype == "auto" else _dtype(dtype, "cpu")
+        products = torch.float32 if dtype == "auto" else _dtype(dtype, place)
         self.where, self._facts = checkpoint.path, _info(checkpoint, products, revision)
         super().__init__(
             checkpoint,
@@ -196,7 +196,13 @@ class StreamedModel(_Ours, StreamedLM):
             on_layer=self._step,
             on_blocks=self._begin,
         )
+        self.source, self._place = placed(checkpoint, place), place
         self._bar: Any = None
+
+    def score(self, pairs: list[Pair]) -> list[Answer]:
+        """Return (log-probability, greedy) per pair; InputError where a layer does not fit on the card."""
+        with fitting(self._place, "take dtype=bfloat16 in --model_args"):
+            return super().score(pairs)
 
     def _whole(self) -> Any:
         if why := too_large(self.checkpoint, share=1.0, itemsize=self.dtype.itemsize):

@@ -5,6 +5,7 @@ Usage: check_card.py MODEL [--json FILE]        MODEL: a small gpt-oss directory
 1. The C++ kernels' tests, with every instruction set of that processor (pytest, without the project's fixtures).
 2. MODEL quantized by GPTQ and AWQ+GPTQ on the card and on the processor: the errors of the experts' outputs agree.
 3. The int4 checkpoint loaded on both: the same predictions, the same greedy answer, tokens per second.
+4. `evaluate --device` of that checkpoint against MODEL on both: the same KL divergence and perplexities.
 
 Exits 1 if anything disagrees.
 """
@@ -99,8 +100,25 @@ def loaded(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
+def evaluated(model: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return what `evaluate` finds on the card and on the processor, on the packaged text."""
+    import gptoss_quantize  # noqa: PLC0415
+
+    found: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        started = time.monotonic()
+        options = {"tokens": 2048, "dtype": "float32", "device": device}
+        (result,) = gptoss_quantize.evaluate(checkpoint, model, **options).report["results"].values()
+        found[device] = {k: result[k] for k in ("kl_mean", "perplexity", "baseline_perplexity", "top1_agreement")}
+        found[f"{device} seconds"] = round(time.monotonic() - started, 1)
+    differences = [abs(found["cuda"][key] / value - 1) for key, value in found["cpu"].items() if value]
+    # float32 rounds a KL of 1e-3 by 1e-3 of it
+    found |= {"largest relative difference": max(differences), "ok": max(differences) < 5e-3}
+    return found
+
+
 def main() -> int:
-    """Run all three, print and write what was seen."""
+    """Run all four, print and write what was seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--json", type=Path, default=Path("card.json"))
@@ -113,6 +131,7 @@ def main() -> int:
         "kernel tests": lambda: kernel_tests(place),
         "quantized": lambda: quantized(args.model, work),
         "loaded": lambda: loaded(work / "gptq-cpu"),
+        "evaluated": lambda: evaluated(args.model, work / "gptq-cpu"),
     }
     for name, part in parts.items():
         try:

@@ -19,6 +19,7 @@ from gptoss_quantize.calibration.text import TextSpec, load_tokenizer
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.eval import compare as comparison
+from gptoss_quantize.eval import lm_models
 from gptoss_quantize.eval.compare import Settings, compare
 from gptoss_quantize.eval.divergence import evaluate
 from gptoss_quantize.eval.experts import compare_experts
@@ -201,6 +202,25 @@ def test_answers_of_tasks_on_a_card(int4):
         got = answers(NAME)
     close(got, wanted)
     assert card.operations > checkpoint.config.layers * 20
+
+
+def test_a_streamed_model_of_lm_eval_on_a_card(int4, monkeypatch):
+    pairs = [((5, 6), (7,)), ((5, 6), (8, 9))]
+    wanted = lm_models.StreamedModel(str(int4), device="cpu").score(pairs)
+    # no card here: what is asked for is, the card that the processor plays
+    monkeypatch.setattr(lm_models, "pick_device", {"cuda": NAME, "auto": NAME}.__getitem__)
+    for device in ("cuda", None):
+        with Card() as card:
+            got = lm_models.StreamedModel(str(int4), device=device).score(pairs)
+        close([list(answer) for answer in got], [list(answer) for answer in wanted])
+        assert card.operations > Checkpoint(int4).config.layers * 20
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("gptoss_quantize.eval.lm.predicting_states", full)
+    with pytest.raises(InputError, match="not fit into its memory; take dtype=bfloat16 in --model_args, or --dev"):
+        lm_models.StreamedModel(str(int4), device="cuda").score(pairs)
 
 
 def test_a_place_of_its_own_in_the_cache(tmp_path):
