@@ -13,6 +13,7 @@ from functools import cache, partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -126,7 +127,8 @@ def run_tasks(lm: Any, settings: TaskSettings) -> dict[str, dict[str, Any]]:
     from lm_eval import simple_evaluate  # noqa: PLC0415
 
     suite = suite_files()
-    with _quiet():
+    # lm-eval notes the commit of the directory that one stands in; outside a repository git complains in our bars
+    with _quiet(), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True):
         found = simple_evaluate(
             model=lm,
             tasks=[suite_config(name) if name in suite else name for name in settings.names],

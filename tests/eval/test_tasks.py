@@ -196,6 +196,12 @@ def test_accuracies_are_those_of_the_hf_model(pair):
     assert 0 < sum(map(sum, (found["right"] for found in got.values()))) < 45
 
 
+def test_nothing_is_printed_outside_a_git_repository(pair, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    run_tasks(pair[0], TaskSettings(names=("gptoss_kinds",), limit=1))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_few_shot_and_chat_templates_reach_the_prompts(pair):
     ours, _ = pair
     plain = run_tasks(ours, TaskSettings(names=("gptoss_kinds",), limit=3))
