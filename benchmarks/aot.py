@@ -10,6 +10,7 @@ any kernel spills or a `blocks` kernel has no matrix instruction.
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -56,9 +57,9 @@ def source(kernel: Any, constants: dict[str, Any], dtype: str, act: str) -> ASTS
     return ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
 
 
-def launches(config: Config, dtype: str, group: int) -> list[tuple[Any, dict[str, Any], Tile, str]]:
+def launches(config: Config, dtype: str, group: int, bits: int) -> list[tuple[Any, dict[str, Any], Tile, str]]:
     """Return (kernel, constants, tile, dtype of activations) of a configuration."""
-    sizes = {"D": HIDDEN, "F": HIDDEN, "K": CHOICES, "GROUP": group}
+    sizes = {"D": HIDDEN, "F": HIDDEN, "K": CHOICES, "GROUP": group, "BITS": bits}
     if config.path == "pairs":
         sizes |= {"E": EXPERTS, "BLOCK_W": config.words}
         kernels, act = (triton_kernels.gate_up_pairs, triton_kernels.down_pairs), "fp32"
@@ -109,22 +110,22 @@ def compile_one(
     return facts | {"shared": compiled.metadata.shared, "fits": compiled.metadata.shared <= SHARED_LIMIT[arch]}
 
 
-def rows(archs: list[str], groups: list[int], dtypes: list[str], names: list[str]) -> list[dict[str, Any]]:
-    """Return a row for every kernel, configuration, dtype, group and architecture."""
-    jobs: list[tuple[str, str, int, Any, str]] = []
+def rows(
+    archs: list[str], groups: list[int], dtypes: list[str], names: list[str], widths: list[int]
+) -> list[dict[str, Any]]:
+    """Return a row for every kernel, configuration, dtype, group, bits and architecture."""
+    jobs: list[tuple[str, str, int, int, Any, str]] = []
     for dtype in dtypes:
-        for group in groups:
-            for name in names:
-                if name == "pairs" or name.startswith("float32") == (dtype == "float32"):
-                    for arch in archs:
-                        config = (CONFIGS if arch in CUDA else CONFIGS_AMD)[name]
-                        jobs += [(name, dtype, group, job, arch) for job in launches(config, dtype, group)]
+        for group, bits, name, arch in itertools.product(groups, widths, names, archs):
+            if name == "pairs" or name.startswith("float32") == (dtype == "float32"):
+                config = (CONFIGS if arch in CUDA else CONFIGS_AMD)[name]
+                jobs += [(name, dtype, group, bits, job, arch) for job in launches(config, dtype, group, bits)]
         size = {"D": HIDDEN, "E": EXPERTS, "K": CHOICES, "COLUMNS": SUM_COLUMNS}
         last = (triton_kernels.sum_choices, size, Tile(0, 4), SHORT[dtype])
-        jobs += [("all but pairs", dtype, 0, last, arch) for arch in archs]
+        jobs += [("all but pairs", dtype, 0, 0, last, arch) for arch in archs]
     out = []
-    for name, dtype, group, (kernel, constants, tile, act), arch in jobs:
-        row = {"config": name, "kernel": kernel.__name__, "dtype": dtype, "group": group, "arch": arch}
+    for name, dtype, group, bits, (kernel, constants, tile, act), arch in jobs:
+        row = {"config": name, "kernel": kernel.__name__, "dtype": dtype, "group": group, "bits": bits, "arch": arch}
         out.append(row | compile_one(kernel, constants, tile, act, dtype, arch))
     return out
 
@@ -144,10 +145,11 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--config", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
     parser.add_argument("--group", nargs="+", type=int, default=[64, 32], choices=[64, 32])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2], choices=[4, 3, 2])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=list(SHORT))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = rows(args.arch, args.group, args.dtype, args.config)
+    found = rows(args.arch, args.group, args.dtype, args.config, args.bits)
     table = Table(title=f"triton {triton.__version__}, hidden {HIDDEN}, {EXPERTS} experts, top-{CHOICES}")
     for column in found[0]:
         table.add_column(column)

@@ -87,27 +87,19 @@ def run(
         return experts_native(x, index, prob, packed, limit, alpha)
     on_card = x.device.type == "cuda" and x.dtype in native_products.TYPES
     groups = native_products.GROUPS
-    if (
-        on_card
-        and isinstance(packed, PackedExperts)
-        and packed.group in groups
-        and packed.bits == (4, 4)
-        and (triton := _triton()) is not None
-    ):
+    if on_card and isinstance(packed, PackedExperts) and packed.group in groups and (triton := _triton()) is not None:
         parts = (getattr(packed, name) for name in PackedExperts.__slots__)
-        return triton.experts_triton(x, index, prob, *parts, limit, alpha)
+        return triton.experts_triton(x, index, prob, *parts, limit, alpha, *packed.bits)
     return experts_torch(x, index, prob, packed, limit, alpha)
 
 
-def kernel_report(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, bits: int = 4) -> str:
+def kernel_report(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> str:
     """Return which kernel runs packed experts on a device with activations of a dtype, and why."""
     if torch.device(device).type == "cuda":
-        if bits == 4 and _triton() is not None:
+        if _triton() is not None:
             return "Triton kernels"
         why = "triton kernels are not part of this installation"
-        if bits != 4:
-            why = f"the Triton kernels take 4 bits, not {bits}"
-        elif importlib.util.find_spec(TRITON) is not None:
+        if importlib.util.find_spec(TRITON) is not None:
             why = importlib.import_module(TRITON).problem()
         return f"plain torch, one expert at a time, slow: {why}"
     if torch.device(device).type != "cpu":

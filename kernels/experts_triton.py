@@ -1,4 +1,6 @@
-"""The gpt-oss expert block from packed int4 weights on a GPU: `experts_torch` as two or three Triton kernels.
+"""The gpt-oss expert block from packed int4, int3 or int2 weights on a GPU, in two or three Triton kernels.
+
+The definition is `experts.experts_torch`.
 
 Deterministic: every sum has one order, nothing is added atomically, and the tiles follow from the sizes alone
 (`choose`), never from a timing. No shape depends on data and nothing waits for the device, so that a call can be
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from gptoss_quantize.kernels import planes
 
 _import_error = ""
 try:
@@ -150,24 +154,26 @@ def experts_triton(  # noqa: PLR0913  the operator's signature: every tensor is 
     w2_bias: torch.Tensor,
     limit: float,
     alpha: float,
+    bits13: int = 4,
+    bits2: int = 4,
 ) -> torch.Tensor:
     """Return the block output [T, D] in the dtype of x, equal to `experts.experts_torch` but for rounding.
 
     x [T, D] bfloat16, float16 or float32; index [T, K] integers (an index outside 0..E-1 adds nothing); prob [T, K]
-    floats; weights as in `experts.PackedExperts`, contiguous. Raises RuntimeError where triton cannot run,
-    ValueError for shapes and dtypes.
+    floats; weights as in `experts.PackedExperts`, contiguous, with codes of 4, 3 or 2 bits. Raises RuntimeError where
+    triton cannot run, ValueError for shapes and dtypes.
     """
     if why := problem():
         raise RuntimeError(f"experts_triton: {why}")
     weights = (w13_packed, w13_scale, w13_bias, w2_packed, w2_scale, w2_bias)
-    _check(x_TD, index_TK, prob_TK, weights)
+    _check(x_TD, index_TK, prob_TK, weights, bits := (bits13, bits2))
     if index_TK.shape[1] * MAX_TOKENS * max(w13_scale.shape[1] // 2, x_TD.shape[1]) >= 2**31:
         raise ValueError(f"experts_triton: {MAX_TOKENS} tokens of this size need more than 2^31 scratch values")
     config = table()[choose(min(x_TD.shape[0], MAX_TOKENS), index_TK.shape[1], w13_packed.shape[0], x_TD.dtype)]
     if x_TD.shape[0] <= MAX_TOKENS:
-        return run(config, x_TD, index_TK, prob_TK, weights, (limit, alpha))
+        return run(config, x_TD, index_TK, prob_TK, weights, (limit, alpha), bits)
     parts = zip(x_TD.split(MAX_TOKENS), index_TK.split(MAX_TOKENS), prob_TK.split(MAX_TOKENS), strict=True)
-    return torch.cat([run(config, *part, weights, (limit, alpha)) for part in parts])
+    return torch.cat([run(config, *part, weights, (limit, alpha), bits) for part in parts])
 
 
 def run(
@@ -177,15 +183,19 @@ def run(
     prob_TK: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     clamp: tuple[float, float],
+    bits: tuple[int, int] = (4, 4),
 ) -> torch.Tensor:
-    """Return the block output by one configuration: arguments that `_check` lets through, clamp (limit, alpha)."""
+    """Return the block output by one configuration: arguments that `_check` lets through, clamp (limit, alpha).
+
+    `bits` are those of the codes of gate_up and down.
+    """
     x_TD, index_TK, prob_TK = x_TD.contiguous(), index_TK.contiguous(), prob_TK.contiguous()
     out_TD = torch.empty_like(x_TD)
     if x_TD.shape[0] == 0:
         return out_TD
     with torch.cuda.device_of(x_TD):
         steps = _pairs if config.path == "pairs" else _blocks
-        steps(config, x_TD, index_TK, prob_TK, weights, clamp, out_TD)
+        steps(config, x_TD, index_TK, prob_TK, weights, clamp, out_TD, bits)
     return out_TD
 
 
@@ -206,6 +216,7 @@ def _pairs(
     weights: tuple[torch.Tensor, ...],
     clamp: tuple[float, float],
     out_TD: torch.Tensor,
+    bits: tuple[int, int],
 ) -> None:
     """Fill out [T, D] by one program per pair and tile of rows."""
     sizes, (tokens, choices) = _sizes(x_TD, weights), index_TK.shape
@@ -213,11 +224,11 @@ def _pairs(
     act_NF = x_TD.new_empty(tokens * choices, sizes["F"], dtype=torch.float32)
     grid = (tokens * choices, triton.cdiv(sizes["F"], config.gate_up.rows))
     triton_kernels.gate_up_pairs[grid](
-        x_TD, index_TK, *weights[:3], act_NF, *clamp, **shared, **_options(config.gate_up)
+        x_TD, index_TK, *weights[:3], act_NF, *clamp, **shared, BITS=bits[0], **_options(config.gate_up)
     )
     grid = (tokens, triton.cdiv(sizes["D"], config.down.rows))
     triton_kernels.down_pairs[grid](
-        act_NF, index_TK, prob_TK, *weights[3:], out_TD, **shared, **_options(config.down)
+        act_NF, index_TK, prob_TK, *weights[3:], out_TD, **shared, BITS=bits[1], **_options(config.down)
     )
 
 
@@ -229,6 +240,7 @@ def _blocks(
     weights: tuple[torch.Tensor, ...],
     clamp: tuple[float, float],
     out_TD: torch.Tensor,
+    bits: tuple[int, int],
 ) -> None:
     """Fill out [T, D] by one program per tile of an expert's pairs and tile of rows."""
     sizes, (tokens, choices) = _sizes(x_TD, weights), index_TK.shape
@@ -256,10 +268,12 @@ def _blocks(
     y_ND = x_TD.new_empty(tokens * choices, sizes["D"], dtype=torch.float32)
     grid = (programs, triton.cdiv(sizes["F"], config.gate_up.rows))
     triton_kernels.gate_up_blocks[grid](
-        x_TD, *routed, *weights[:3], act_NF, *clamp, **shared, **_options(config.gate_up)
+        x_TD, *routed, *weights[:3], act_NF, *clamp, **shared, BITS=bits[0], **_options(config.gate_up)
     )
     grid = (programs, triton.cdiv(sizes["D"], config.down.rows))
-    triton_kernels.down_blocks[grid](act_NF, *routed, *weights[3:], y_ND, **shared, **_options(config.down))
+    triton_kernels.down_blocks[grid](
+        act_NF, *routed, *weights[3:], y_ND, **shared, BITS=bits[1], **_options(config.down)
+    )
     size = {"D": sizes["D"], "E": experts, "K": choices, "COLUMNS": SUM_COLUMNS}
     triton_kernels.sum_choices[(tokens, triton.cdiv(sizes["D"], SUM_COLUMNS))](
         y_ND, index_TK, prob_TK, out_TD, **size, num_warps=4, enable_fp_fusion=FP_FUSION
@@ -267,7 +281,11 @@ def _blocks(
 
 
 def _check(
-    x_TD: torch.Tensor, index_TK: torch.Tensor, prob_TK: torch.Tensor, weights: tuple[torch.Tensor, ...]
+    x_TD: torch.Tensor,
+    index_TK: torch.Tensor,
+    prob_TK: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    bits: tuple[int, int],
 ) -> None:
     """Raise ValueError with what was expected where a shape, dtype, device or memory order is not as documented."""
     if x_TD.dtype not in FLOATS:
@@ -279,6 +297,8 @@ def _check(
         )
     if index_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"experts_triton: index is {index_TK.dtype}, expected int32 or int64")
+    if not set(bits) <= set(planes.BITS):
+        raise ValueError(f"experts_triton: bits {bits}, expected 4, 3 or 2 for both projections")
     w13_packed, w13_scale = weights[:2]
     experts, rows = w13_packed.shape[:2]
     group = hidden // w13_scale.shape[-1]
@@ -289,8 +309,8 @@ def _check(
         )
     inner = rows // 2
     names = ("w13_packed", "w13_scale", "w13_bias", "w2_packed", "w2_scale", "w2_bias")
-    shapes: tuple[tuple[int, ...], ...] = ((rows, hidden // 8), (rows, hidden // group), (rows,))
-    shapes += ((hidden, inner // 8), (hidden, inner // group), (hidden,))
+    shapes: tuple[tuple[int, ...], ...] = ((rows, planes.words(hidden, bits[0])), (rows, hidden // group), (rows,))
+    shapes += ((hidden, planes.words(inner, bits[1])), (hidden, inner // group), (hidden,))
     for name, tensor, shape in zip(names, weights, shapes, strict=True):
         if tensor.shape != (experts, *shape) or not tensor.is_contiguous() or tensor.device != x_TD.device:
             raise ValueError(

@@ -1,15 +1,18 @@
-"""The Triton kernels of `experts_triton`: packed int4 products with float32 sums. Importing this needs triton.
+"""The Triton kernels of `experts_triton`: products of packed codes with float32 sums. Importing this needs triton.
 
 Two ways to multiply:
   pairs   one program per (token, choice) and tile of output rows, on the plain cores in float32: for a few tokens;
   blocks  one program per (tile of tokens of one expert, tile of output rows), on the matrix cores (`tl.dot`).
-A step along the inner dimension is one quantization group, so that the codes -8..7, exact in every dtype, are
+A step along the inner dimension is one quantization group, so that the codes, exact in every dtype, are
 multiplied as they are and the group's scale is applied to its float32 sum. Sizes are multiples of the group: no mask
 is needed along the inner dimension. Rows beyond the end are clamped to the last one and not stored. Offsets inside
 an expert, x or scratch are 32-bit: `experts_triton` sees to it that they fit.
 
 COMPUTE is the dtype of the operands of `tl.dot`. It must be float32 in the interpreter, whose bfloat16 dot
 multiplies raw bits.
+
+BITS of a code are 4, 3 or 2. Eight columns are a step: of 4 bits a word of the file, of planes (`kernels.planes`) a
+byte of each plane, put into one word as `_words` says.
 
 Shapes: T tokens, K choices per token, N = T K pairs, D hidden, F intermediate, E experts, W = 8-code words of a row.
 """
@@ -24,14 +27,42 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 
 @triton.jit
-def _codes(word):
-    """Return float32 codes [..., 8] in -8..7 of int32 words [...], without an integer conversion.
+def _words(ptr, row, word, COLUMNS: tl.constexpr, BITS: tl.constexpr, mask=None):
+    """Return int32 words [R, W] with the codes of columns 8w..8w+7 of rows [R], for word numbers w [W].
+
+    4 bits: as stored. Planes: bits 0-7 from plane 0, 8-15 from plane 1, 16-23 from plane 2.
+    """
+    other = None if mask is None else 0
+    at = row[:, None] * (COLUMNS * BITS // 32)
+    if BITS == 4:
+        return tl.load(ptr + at + word[None, :], mask=mask, other=other)
+    at += (word // 4)[None, :]
+    shift = (word % 4 * 8)[None, :]
+    found = (tl.load(ptr + at, mask=mask, other=other) >> shift) & 255
+    found |= ((tl.load(ptr + at + COLUMNS // 32, mask=mask, other=other) >> shift) & 255) << 8
+    if BITS == 3:
+        found |= ((tl.load(ptr + at + COLUMNS // 16, mask=mask, other=other) >> shift) & 255) << 16
+    return found
+
+
+@triton.jit
+def _codes(word, BITS: tl.constexpr):
+    """Return float32 codes [..., 8] of int32 words [...] of `_words`, without an integer conversion.
 
     A code ORed into the mantissa of 2^23 is the float 2^23 + code.
     """
-    shift = tl.arange(0, 8) * 4
-    nibble = (tl.expand_dims(word, 2) >> shift[None, None, :]) & 15
-    return (nibble | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    column = tl.arange(0, 8)
+    spread = tl.expand_dims(word, 2)
+    if BITS == 4:
+        code = (spread >> (column * 4)[None, None, :]) & 15
+    else:
+        # within a plane's byte columns 0, 1, 4 and 5 (plane 1: 2, 3, 6 and 7) have two bits each
+        shift = column % 2 * 2 + column // 4 * 4 + column // 2 % 2 * 8
+        code = (spread >> shift[None, None, :]) & 3
+        if BITS == 3:
+            code |= ((spread >> (column + 16)[None, None, :]) & 1) << 2
+    offset: tl.constexpr = 8388608.0 + (1 << (BITS - 1))
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - offset
 
 
 @triton.jit
@@ -43,12 +74,12 @@ def _activate(gate, up, limit, alpha):
 
 
 @triton.jit
-def _gemv(acc, word_ptr, scale_ptr, row, x, word, inside, W: tl.constexpr, GROUP: tl.constexpr):
+def _gemv(acc, word_ptr, scale_ptr, row, x, word, inside, W: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
     """Return acc [R, BLOCK_W] plus the products of rows [R] with x [BLOCK_W, 8] at the words given."""
-    packed = tl.load(word_ptr + row[:, None] * W + word[None, :], mask=inside[None, :], other=0)
+    packed = _words(word_ptr, row, word, W * 8, BITS, inside[None, :])
     at = row[:, None] * (W * 8 // GROUP) + (word // (GROUP // 8))[None, :]
     scale = tl.load(scale_ptr + at, mask=inside[None, :], other=0.0).to(tl.float32)
-    return acc + tl.sum(_codes(packed) * x[None, :, :], axis=2) * scale
+    return acc + tl.sum(_codes(packed, BITS) * x[None, :, :], axis=2) * scale
 
 
 @triton.jit
@@ -62,7 +93,7 @@ def _words_of(x_ptr, word, inside):
 def gate_up_pairs(
     x_ptr,  # [T, D]
     index_ptr,  # [T, K]
-    word_ptr,  # int32 [E, 2F, D/8]
+    word_ptr,  # int32 [E, 2F, D BITS/32]
     scale_ptr,  # [E, 2F, D/GROUP]
     bias_ptr,  # [E, 2F]
     act_ptr,  # out: float32 [N, F]
@@ -73,6 +104,7 @@ def gate_up_pairs(
     E: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -83,7 +115,7 @@ def gate_up_pairs(
         return
     feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = 2 * tl.minimum(feature, F - 1)
-    word_ptr += expert * (2 * F * D // 8)
+    word_ptr += expert * (2 * F * D * BITS // 32)
     scale_ptr += expert * (2 * F * D // GROUP)
     bias_ptr += expert * (2 * F)
     gate = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
@@ -93,8 +125,8 @@ def gate_up_pairs(
         word = start + tl.arange(0, BLOCK_W)
         inside = word < W
         x = _words_of(x_ptr + pair // K * D, word, inside)
-        gate = _gemv(gate, word_ptr, scale_ptr, row, x, word, inside, W, GROUP)
-        up = _gemv(up, word_ptr, scale_ptr, row + 1, x, word, inside, W, GROUP)
+        gate = _gemv(gate, word_ptr, scale_ptr, row, x, word, inside, W, GROUP, BITS)
+        up = _gemv(up, word_ptr, scale_ptr, row + 1, x, word, inside, W, GROUP, BITS)
     gate_R = tl.sum(gate, axis=1) + tl.load(bias_ptr + row).to(tl.float32)
     up_R = tl.sum(up, axis=1) + tl.load(bias_ptr + row + 1).to(tl.float32)
     tl.store(act_ptr + pair * F + feature, _activate(gate_R, up_R, limit, alpha), mask=feature < F)
@@ -105,7 +137,7 @@ def down_pairs(
     act_ptr,  # float32 [N, F]
     index_ptr,  # [T, K]
     prob_ptr,  # [T, K]
-    word_ptr,  # int32 [E, D, F/8]
+    word_ptr,  # int32 [E, D, F BITS/32]
     scale_ptr,  # [E, D, F/GROUP]
     bias_ptr,  # [E, D]
     out_ptr,  # out: [T, D]
@@ -114,6 +146,7 @@ def down_pairs(
     E: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -127,14 +160,14 @@ def down_pairs(
         pair = token * K + choice
         expert = tl.load(index_ptr + pair).to(tl.int64)
         if (expert >= 0) & (expert < E):
-            words = word_ptr + expert * (D * F // 8)
+            words = word_ptr + expert * (D * F * BITS // 32)
             scales = scale_ptr + expert * (D * F // GROUP)
             acc = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
             for start in tl.static_range(0, W, BLOCK_W):
                 word = start + tl.arange(0, BLOCK_W)
                 inside = word < W
                 act = _words_of(act_ptr + pair * F, word, inside)
-                acc = _gemv(acc, words, scales, row, act, word, inside, W, GROUP)
+                acc = _gemv(acc, words, scales, row, act, word, inside, W, GROUP, BITS)
             y = tl.sum(acc, axis=1) + tl.load(bias_ptr + expert * D + row).to(tl.float32)
             total += y * tl.load(prob_ptr + pair).to(tl.float32)
     tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=column < D)
@@ -145,14 +178,18 @@ def _multiply(
     acc,
     x,
     word_ptr,
+    row,
+    word,
     scale_ptr,
+    COLUMNS: tl.constexpr,
     R: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     COMPUTE: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
 ):
-    """Return acc [M, R] plus x [M, GROUP] times one group of R rows."""
-    codes = tl.reshape(_codes(tl.load(word_ptr)), (R, GROUP))
+    """Return acc [M, R] plus x [M, GROUP] times one group of R rows, the words of which are given."""
+    codes = tl.reshape(_codes(_words(word_ptr, row, word, COLUMNS, BITS), BITS), (R, GROUP))
     scale = tl.load(scale_ptr).to(tl.float32)
     if SCALE_FIRST:
         weight = (codes * scale[:, None]).to(COMPUTE)
@@ -209,7 +246,7 @@ def gate_up_blocks(
     order_ptr,  # int32 [N]: pairs by expert (sorted only)
     block_ptr,  # int32 [blocks, 3]: expert, first and last + 1 in order (sorted only)
     tokens,
-    word_ptr,  # int32 [E, 2F, D/8]
+    word_ptr,  # int32 [E, 2F, D BITS/32]
     scale_ptr,  # [E, 2F, D/GROUP]
     bias_ptr,  # [E, 2F]
     act_ptr,  # out: [N, F]
@@ -219,6 +256,7 @@ def gate_up_blocks(
     F: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     COMPUTE: tl.constexpr,
     SORTED: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -232,19 +270,18 @@ def gate_up_blocks(
     feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = 2 * tl.minimum(feature, F - 1)
     x_at = (pair // K * D)[:, None] + tl.arange(0, GROUP)[None, :]
-    word_at = row[:, None] * (D // 8) + tl.arange(0, GROUP // 8)[None, :]
     scale_at = row * (D // GROUP)
-    word_ptr += expert * (2 * F * D // 8)
+    word_ptr += expert * (2 * F * D * BITS // 32)
     scale_ptr += expert * (2 * F * D // GROUP)
     bias_ptr += expert * (2 * F)
     gate = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     for group in range(D // GROUP):
         x = tl.load(x_ptr + group * GROUP + x_at).to(COMPUTE)
-        gate_word, gate_scale = word_ptr + group * (GROUP // 8) + word_at, scale_ptr + group + scale_at
-        gate = _multiply(gate, x, gate_word, gate_scale, ROWS, GROUP, COMPUTE, SCALE_FIRST)
-        up_word, up_scale = gate_word + D // 8, gate_scale + D // GROUP
-        up = _multiply(up, x, up_word, up_scale, ROWS, GROUP, COMPUTE, SCALE_FIRST)
+        word, scale = group * (GROUP // 8) + tl.arange(0, GROUP // 8), scale_ptr + group + scale_at
+        gate = _multiply(gate, x, word_ptr, row, word, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        scale += D // GROUP
+        up = _multiply(up, x, word_ptr, row + 1, word, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
     gate += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     up += tl.load(bias_ptr + row + 1).to(tl.float32)[None, :]
     _store(act_ptr, _activate(gate, up, limit, alpha), pair, mine, feature, F, index_ptr, expert, K, SORTED)
@@ -257,7 +294,7 @@ def down_blocks(
     order_ptr,  # int32 [N] (sorted only)
     block_ptr,  # int32 [blocks, 3] (sorted only)
     tokens,
-    word_ptr,  # int32 [E, D, F/8]
+    word_ptr,  # int32 [E, D, F BITS/32]
     scale_ptr,  # [E, D, F/GROUP]
     bias_ptr,  # [E, D]
     y_ptr,  # out: float32 [N, D]
@@ -265,6 +302,7 @@ def down_blocks(
     F: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
+    BITS: tl.constexpr,
     COMPUTE: tl.constexpr,
     SORTED: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -278,16 +316,15 @@ def down_blocks(
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(column, D - 1)
     act_at = (pair * F)[:, None] + tl.arange(0, GROUP)[None, :]
-    word_at = row[:, None] * (F // 8) + tl.arange(0, GROUP // 8)[None, :]
     scale_at = row * (F // GROUP)
-    word_ptr += expert * (D * F // 8)
+    word_ptr += expert * (D * F * BITS // 32)
     scale_ptr += expert * (D * F // GROUP)
     bias_ptr += expert * D
     acc = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     for group in range(F // GROUP):
         act = tl.load(act_ptr + group * GROUP + act_at).to(COMPUTE)
-        words, scales = word_ptr + group * (GROUP // 8) + word_at, scale_ptr + group + scale_at
-        acc = _multiply(acc, act, words, scales, ROWS, GROUP, COMPUTE, SCALE_FIRST)
+        word, scale = group * (GROUP // 8) + tl.arange(0, GROUP // 8), scale_ptr + group + scale_at
+        acc = _multiply(acc, act, word_ptr, row, word, scale, F, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
     acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     _store(y_ptr, acc, pair, mine, column, D, index_ptr, expert, K, SORTED)
 

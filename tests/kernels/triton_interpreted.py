@@ -10,22 +10,26 @@ import pytest
 import torch
 
 from gptoss_quantize.kernels import experts_triton as et
-from gptoss_quantize.kernels import int4
+from gptoss_quantize.kernels import int4, planes
 from gptoss_quantize.kernels.experts import PackedExperts, experts_torch
 
 LIMIT, ALPHA = 7.0, 1.702
 Weights = tuple[torch.Tensor, ...]
 
 
-def layer(experts: int, hidden: int, inner: int, group: int, scale: float = 0.06) -> Weights:
+def layer(
+    experts: int, hidden: int, inner: int, group: int, scale: float = 0.06, bits: tuple[int, int] = (4, 4)
+) -> Weights:
     """Random packed experts, scales of both signs; pre-activations go beyond the limit."""
     generator = torch.Generator().manual_seed(experts * hidden + inner)
     made = []
-    for rows, columns in ((2 * inner, hidden), (hidden, inner)):
-        codes = torch.randint(-8, 8, (experts, rows, columns), generator=generator, dtype=torch.int8)
+    for rows, columns, width in ((2 * inner, hidden, bits[0]), (hidden, inner, bits[1])):
+        half = 1 << (width - 1)
+        codes = torch.randint(-half, half, (experts, rows, columns), generator=generator, dtype=torch.int8)
+        scale *= 8 / half  # outputs of the same size
         scales = torch.randn(experts, rows, columns // group, generator=generator) * scale
         bias = torch.randn(experts, rows, generator=generator).bfloat16()
-        made += [int4.pack(codes), int4.round_scale(scales).bfloat16(), bias]
+        made += [planes.pack(codes, width), int4.round_scale(scales).bfloat16(), bias]
     return tuple(made)
 
 
@@ -80,6 +84,25 @@ def test_interpreted() -> None:
 def test_every_configuration(name: str, dtype: torch.dtype) -> None:
     weights, given = layer(8, 192, 128, 64), inputs(2 if name == "pairs" else 13, 2, 8, 192, dtype)
     close(et.run(wide(name), *given, weights, (LIMIT, ALPHA)), given, weights)
+
+
+@pytest.mark.parametrize("bits", [(3, 3), (2, 2), (3, 4), (4, 2)])
+@pytest.mark.parametrize("name", list(et.CONFIGS))
+def test_fewer_bits(name: str, bits: tuple[int, int]) -> None:
+    """Every configuration, both groups, rows that no tile divides, bits that differ between the projections."""
+    for hidden, inner, group in ((192, 128, 64), (96, 160, 32)):
+        weights, given = layer(4, hidden, inner, group, bits=bits), inputs(2, 2, 4, hidden)
+        assert PackedExperts(*weights).bits == bits
+        close(et.run(wide(name), *given, weights, (LIMIT, ALPHA), bits), given, weights)
+
+
+def test_fewer_bits_by_the_operators_signature() -> None:
+    weights, given = layer(4, 64, 32, 32, bits=(2, 3)), inputs(20, 2, 4, 64)
+    close(et.experts_triton(*given, *weights, LIMIT, ALPHA, 2, 3), given, weights)
+    with pytest.raises(ValueError, match="w13_packed is"):
+        et.experts_triton(*given, *weights, LIMIT, ALPHA)
+    with pytest.raises(ValueError, match=r"bits \(5, 4\), expected 4, 3 or 2"):
+        et.experts_triton(*given, *weights, LIMIT, ALPHA, 5, 4)
 
 
 @pytest.mark.parametrize("name", list(et.CONFIGS))
