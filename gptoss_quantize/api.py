@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_quantize.api_hub import push
-from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, size, tell_notes
+from gptoss_quantize.api_inputs import DTYPES, Place, Show, at_least, known, open_checkpoint, tell_notes
+from gptoss_quantize.api_inputs import size as bytes_of
 from gptoss_quantize.api_measure import compare, evaluate
 from gptoss_quantize.api_plan import plan
+from gptoss_quantize.api_quantize import SizeAsked, Watching
 from gptoss_quantize.api_runtimes import export, import_checkpoint, verify
 from gptoss_quantize.api_talk import generate
-from gptoss_quantize.calibration.sanity import first_look
 from gptoss_quantize.calibration.text import TextSpec, load_following, load_tokenizer, load_tokens
 from gptoss_quantize.layouts import pick_layout
 from gptoss_quantize.loading import load, register
@@ -74,6 +75,9 @@ def quantize(
     dtype: str = "auto",
     memory: int | str | None = None,
     polish: int = 0,
+    size: int | str | None = None,
+    fit: int | str | None = None,
+    context: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     recipe: Mapping[str, Any] | Sequence[str] = (),
@@ -100,6 +104,10 @@ def quantize(
         dtype: of matrix products.
         memory: bytes that the process may take, or a size such as "12GiB"; 60 % of what is free without it.
         polish: steps of end-to-end polish, on text that follows the calibration's.
+        size: bytes that the weight files may have, or "9.5GiB": bits per layer and projection, and the form of the
+            rest, are then chosen for the least expected loss; without `format` and `dense`.
+        fit: instead of a size, the memory of the card that `load` is to put it on, with the cache of one conversation
+            of `context` tokens (32,768, or what the model was made for).
         resume: continue an interrupted run.
         overwrite: replace `out`, or a stale unfinished run, if it is ours.
         recipe: fields of quantize/recipes.py that differ from the method's, {"damping": 0.01} or ["damping=0.01"].
@@ -107,6 +115,8 @@ def quantize(
     """
     at_least(0, polish=polish)
     changes = [f"{name}={value}" for name, value in recipe.items()] if isinstance(recipe, Mapping) else list(recipe)
+    asked = SizeAsked(size, fit, context)
+    asked.check(format, dense)
     _, group = pick_layout(format, group_size)
     job = Job(
         dest=Path(out),
@@ -117,7 +127,7 @@ def quantize(
         dense=dense,
         device=pick_device(device),
         dtype=DTYPES[known("--dtype", dtype, DTYPES)],
-        memory=None if memory is None else size(memory, "--memory"),
+        memory=None if memory is None else bytes_of(memory, "--memory"),
         polish=polish,
         resume=resume,
         overwrite=overwrite,
@@ -131,6 +141,7 @@ def quantize(
         chat_template=chat_template,
     )
     source, calibrating = open_checkpoint(model, adapter, revision), None
+    job = replace(job, size=asked.bytes(source.config))
     tell_notes(progress, source)
     with showing(progress) as show:
         on_grid = phases(show)("MXFP4 values: layer")
@@ -141,34 +152,13 @@ def quantize(
         if job.polish:
             job = replace(job, polish_text=load_following(text, tokenizer, text_needed(polish, seq_len)))
     with showing(progress) as show, joined(job.device) as ranks:
-        layers, phase = source.config.layers, f"{job.method} {job.format} group {job.group_size}: layer"
-
-        def on_layer(index: int) -> None:
-            show(phase, index + 1, layers)
-
-        def on_step(step: int, kl: float) -> None:
-            show(f"polish: step (KL {kl:.4f})", step, polish)
-
-        def on_tried(index: int) -> None:
-            show("can it predict text? layer", index + 1, layers)
-
-        def on_look() -> dict[str, Any] | None:
-            found = first_look(source, calibrating, job.products, on_tried)
-            if found is not None and found["suspect"]:
-                tell(progress, f"{source.path}: {found['suspect']}", alarm=True)
-            return found
-
+        watch = Watching(progress, show, source, job, calibrating, not ranks.rank)
         if calibrating is not None and not ranks.rank:
             tell(progress, f"calibration text: {calibrating.line()}")
-        job = replace(job, look=on_look)
-        on_layer(-1)
+        job = replace(job, look=watch.look)
+        watch.layer(-1)
         report = quantize_checkpoint(
-            source,
-            job,
-            calibrating,
-            on_layer,
-            on_step,
-            ranks,
+            source, job, calibrating, watch.layer, watch.step, ranks, watch.sensed, watch.chosen
         )
     if not ranks.rank:
         release_memory()

@@ -146,7 +146,7 @@ class Checkpoint(StoredSource):
         return merged.T.to(dtype).contiguous()
 
     def _find_layout(self) -> Layout:
-        found = layout_of(set(self.names()))
+        found = layout_of(set(self.names()), self.config.layers)
         if found is not None:
             return found
         base = "model.layers.0.mlp.experts."
@@ -163,7 +163,7 @@ class Checkpoint(StoredSource):
                 self.config, lambda name: self.info(name).shape if name in self.weights else None
             )
         except ValueError as error:
-            first = self.layout.base(0, 0, "gate_up") + self.layout.suffixes[-1]
+            first = self.layout.base(0, 0, "gate_up") + self.layout.at(0, "gate_up").suffixes[-1]
             where = self.weights.file(first) if first in self.weights else self.path
             raise InputError(f"{where}: {error}; {_INCOMPLETE}") from None
 
@@ -172,8 +172,8 @@ class Checkpoint(StoredSource):
         expected: Stored = {}
         for name, shape in dense_shapes(self.config).items():
             expected |= self.dense_layout.parts(name, shape)
-        inner = self.layout.stored(self.config, self.group_size)
         for i in range(self.config.layers):
+            inner = self.layout.stored(self.config, self.group_size, i)
             expected |= {f"model.layers.{i}.mlp.experts.{name}": stored for name, stored in inner.items()}
         return expected
 

@@ -131,6 +131,16 @@ def quantize(
         int,
         typer.Option(min=0, help="Steps of end-to-end polish of scales, biases, norms, on text after --tokens."),
     ] = 0,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Weight files of at most so much, such as 9.5GiB: bits are chosen layer by layer, 2 to 4."),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Memory of the card (or RAM) that is to run it, such as 12GiB; sets --size.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="With --fit: tokens of context that must fit too; 32768 without it.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT or a stale unfinished run.")] = False,
     recipe: Annotated[
@@ -150,6 +160,8 @@ def quantize(
     )
     early.check_text(calibration, tokens, seq_len)
     early.check_numbers(memory=memory, device=device)
+    free = bits is None and target is Format.int4 and dense is Dense.source
+    early.check_size(size, fit, context, chosen=not free)
     if early.alone():
         inputs = (Path(model), *([] if adapter is None else [adapter]))
         check_begin(out, "quantize", overwrite=overwrite, resume=resume, inputs=inputs)
@@ -175,6 +187,9 @@ def quantize(
         dtype=dtype.value,
         memory=memory,
         polish=polish,
+        size=size,
+        fit=fit,
+        context=context,
         resume=resume,
         overwrite=overwrite,
         recipe=recipe or [],

@@ -72,6 +72,21 @@ def _torch_for_processors() -> str | None:
     return said["__version__"].strip("'\"")
 
 
+def check_size(size: str | None, fit: str | None, context: int | None, *, chosen: bool) -> None:
+    """Raise InputError for a size that is none, and for one that goes with what it chooses itself."""
+    for option, value in (("--size", size), ("--fit", fit)):
+        if value is not None:
+            parse_size(value, option)
+            if chosen:
+                raise InputError(
+                    f"{option} chooses bits and the form of the rest; leave --bits, --format and --dense out"
+                )
+    if size is not None and fit is not None:
+        raise InputError("--size is of the files, and --fit of the card that is to hold them; give one of them")
+    if context is not None and fit is None:
+        raise InputError(f"--context {context} goes with --fit: how long a conversation the card is to hold")
+
+
 def check_export(to: str, dtype: str, dense_type: str, expert_type: str) -> None:
     """Raise InputError for options of `export` that say nothing about the target that is asked for."""
     if to != "bf16" and dtype != "bfloat16":

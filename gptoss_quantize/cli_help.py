@@ -14,7 +14,7 @@ from gptoss_quantize.terminal import choose_log
 
 # the options that most people need, shown first
 COMMON: dict[str, tuple[str, ...]] = {
-    "quantize": ("--method", "--format", "--calibration", "--adapter", "--resume"),
+    "quantize": ("--method", "--fit", "--calibration", "--adapter", "--resume"),
     "evaluate": ("--baseline", "--text", "--tokens", "--adapter", "--json"),
     "compare": ("--baseline", "--report", "--tasks", "--profile", "--text"),
     "demo": ("--methods", "--overwrite"),
@@ -30,6 +30,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "quantize": (
         "gptoss-quantize quantize openai/gpt-oss-20b gpt-oss-20b-int4",
         "gptoss-quantize quantize my-finetune my-int4 --calibration chats.jsonl",
+        "gptoss-quantize quantize openai/gpt-oss-20b mine --fit 12GiB",
         "gptoss-quantize quantize its-base mine --adapter my-lora --format auto",
     ),
     "evaluate": ("gptoss-quantize evaluate my-int4 --baseline my-finetune",),

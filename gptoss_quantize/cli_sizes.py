@@ -22,7 +22,9 @@ def plan(
     dense: Annotated[str, typer.Option(help="source or int8: attention, embedding and head.")] = "source",
     tokens: Annotated[int, typer.Option(min=2, help="Calibration tokens.")] = 32768,
     seq_len: Annotated[int, typer.Option("--seq-len", min=2, help="Tokens per sequence.")] = 512,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of the card that is to run it.")] = "16GiB",
+    gpu_memory: Annotated[
+        str, typer.Option("--gpu-memory", "--fit", help="Memory of the card that is to run it.")
+    ] = "16GiB",
     context: Annotated[
         int | None, typer.Option(min=1, help="Context length; 4096, 32768 and 131072 without it.")
     ] = None,
@@ -64,6 +66,8 @@ def print_plan(record: dict[str, Any], console: Console, details: bool = False) 
     _answer(record, console)
     console.print(_fits_table(record))
     _commands(record, console)
+    if not all(row["fits"] for row in record["card"]):
+        _fewer_bits(record, console)
     if said := advice.before_quantizing(record):
         console.print(said + "\n")
     if refusing := sorted({row["runtime"] for row in record["card"] if not row["loads"]}):
@@ -176,6 +180,24 @@ def _commands(record: dict[str, Any], console: Console) -> None:
     )
     console.print(escape(f"vLLM: {record['serve']['why']}"), highlight=False)
     console.print(escape(f"vLLM on two cards: {record['serve']['two_cards']}\n"), highlight=False)
+
+
+def _fewer_bits(record: dict[str, Any], console: Console) -> None:
+    """Print what fewer bits than four make room for, and the command."""
+    table = Table(
+        title="with fewer bits, run by gptoss-quantize alone (chat, load), attention in 8 bits",
+        caption="halves: bits chosen layer by layer; what is lost: docs/fewer-bits.md",
+        box=None,
+        padding=(0, 3, 0, 0),
+    )
+    for name in ("bits of a code", "with scales", "weights", "longest context"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in record["fewer_bits"]:
+        tokens = f"{row['context']:,}" if row["context"] else "[red]does not fit[/red]"
+        table.add_row(f"{row['bits']:g}", f"{row['bits_per_weight']:.2f}", gib(row["bytes"]), tokens)
+    console.print(table)
+    if command := record["commands"]["fit"]:
+        console.print(f"and so    [bold]{escape(command)}[/bold]\n", highlight=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

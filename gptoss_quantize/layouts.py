@@ -7,6 +7,7 @@ Experts (`LAYOUTS`), one entry each; nothing outside this file compares a format
     int4    ours: one tensor set per expert, `w13_*` and `w2_*` in compressed-tensors' "pack-quantized" words, under
             shard names of our own
     int3, int2   ours: the same sets, their codes in planes (`kernels.planes`) under names that no other reader knows
+    mixed   ours: int4, int3 or int2 for each projection of each layer, in the names of that one
 Everything else (`DENSE`): as the source has it, or attention, embedding and head in int8 with a scale for 32 columns.
 
 docs/checkpoint-format.md describes the files tensor by tensor. A new number format is one grid (`kernels.grids`) and
@@ -14,7 +15,7 @@ one entry here. Shapes: E experts, R rows (outputs), C columns (inputs), G group
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +26,10 @@ from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import grids, int8, mxfp4, planes
 from gptoss_quantize.kernels.grids import Grid
+from gptoss_quantize.layout_configs import int4_config, mxfp4_config, planes_config
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("gate_up", "down")
-# what OpenAI's config.json names
-MXFP4_UNTOUCHED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 # what `--dense int8` stores in 8 bits; routers, norms, biases and sinks stay as they are
 Q8_MATRICES = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -91,7 +91,12 @@ class Layout:
     group_sizes: tuple[int, ...] = ()  # that it can have, the default first
     source: bool = False  # can be quantized: nothing of ours was lost yet
     packed: bool = False  # our loader keeps it packed in memory; stock transformers cannot load it
-    bits: int = 0  # of a code, where it is packed
+    bits: int = 0  # of a code, where it is packed and all codes have the same
+    layers: "tuple[tuple[Layout, Layout], ...]" = ()  # of a mixed one: per layer that of gate_up and that of down
+
+    def at(self, layer: int, part: str) -> "Layout":
+        """Return the layout of one projection, "gate_up" or "down", of one layer: this one, unless it is mixed."""
+        return self.layers[layer][PARTS.index(part)] if self.layers else self
 
     @property
     def index_name(self) -> str:
@@ -115,15 +120,15 @@ class Layout:
         """Return what the full names of one expert's projection begin with."""
         return f"model.layers.{layer}.{self.inner(expert, part)}"
 
-    def stored(self, config: ModelConfig, group_size: int, experts: int | None = None) -> Stored:
+    def stored(self, config: ModelConfig, group_size: int, layer: int = 0) -> Stored:
         """Return name below `mlp.experts.` -> (shape, allowed dtypes) of every expert tensor of a layer."""
-        E, D, F = experts or config.experts, config.hidden, config.intermediate
+        E, D, F = config.experts, config.hidden, config.intermediate
         found: Stored = {}
         for e in range(1 if self.fused else E):
             biases: Stored = {}
-            for stem, rows, columns in zip(self.stems, (2 * F, D), (D, F), strict=True):
+            for part, stem, rows, columns in zip(PARTS, self.stems, (2 * F, D), (D, F), strict=True):
                 lead, base = ((E,), stem) if self.fused else ((), f"{e}.{stem}")
-                for suffix, (shape, dtypes) in self.matrix(rows, columns, group_size).items():
+                for suffix, (shape, dtypes) in self.at(layer, part).matrix(rows, columns, group_size).items():
                     found[base + suffix] = ((*lead, *shape), dtypes)
                 biases[base + "_bias"] = ((*lead, rows), FLOATS)
                 if not self.fused:
@@ -133,10 +138,10 @@ class Layout:
 
     def weight(self, read: Read, layer: int, expert: int, part: str, dtype: torch.dtype) -> Tensor:
         """Return one expert's weights [R, C] in a dtype; `read` is `Checkpoint.read`, ValueError for a bad value."""
-        base, index = self.base(layer, expert, part), expert if self.fused else None
-        stored = {suffix: read(base + suffix, index) for suffix in self.suffixes}
+        base, index, own = self.base(layer, expert, part), expert if self.fused else None, self.at(layer, part)
+        stored = {suffix: read(base + suffix, index) for suffix in own.suffixes}
         try:
-            return self.read(stored, dtype)
+            return own.read(stored, dtype)
         except ValueError as error:
             raise ValueError(base + str(error).format(at="" if index is None else f"[{index}]")) from None
 
@@ -169,7 +174,7 @@ class Layout:
 
     def group_size_of(self, config: ModelConfig, shape_of: Callable[[str], tuple[int, ...] | None]) -> int:
         """Return the group size that stored scales have, 0 for float; ValueError for shapes that no group fits."""
-        if self.grid is None:
+        if not self.group_sizes:
             return 0
         if len(self.group_sizes) == 1:
             return self.group_sizes[0]
@@ -187,6 +192,10 @@ class Layout:
         """Return the exact stored bits per expert weight of a matrix with `columns` inputs, without biases."""
         if group_size and columns % group_size:
             raise ValueError(f"{columns} columns are not a multiple of group size {group_size}")
+        if self.layers:
+            # gate_up has two thirds of the weights
+            each = [(layout.bits_per_weight(columns, group_size) for layout in pair) for pair in self.layers]
+            return sum(2 * wide + narrow for wide, narrow in each) / (3 * len(each))
         stored = self.matrix(1, columns, group_size).values()
         return sum(8 * dtypes[-1].itemsize * torch.Size(shape).numel() for shape, dtypes in stored) / columns
 
@@ -219,37 +228,6 @@ def _store_integers(bits: int, codes_RC: Tensor, scale_RG: Tensor) -> dict[str, 
     return {codes_suffix(bits): planes.pack(codes_RC, bits), "_weight_scale": scale_RG.to(torch.bfloat16)}
 
 
-def _planes_config(bits: int, group_size: int) -> dict[str, Any]:
-    """Return a description that other tools refuse: none of them knows planes."""
-    return {"quant_method": "gptoss-quantize", "format": "planes", "num_bits": bits, "group_size": group_size}
-
-
-def _int4_config(group_size: int) -> dict[str, Any]:
-    """Return the compressed-tensors description that vLLM reads."""
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": group_size,
-        "dynamic": False,
-    }
-    group = {
-        "targets": ["re:.*mlp\\.experts\\..*"],
-        "format": "pack-quantized",
-        "input_activations": None,
-        "output_activations": None,
-        "weights": weights,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
 def _mxfp4_matrix(rows: int, columns: int, group_size: int) -> Stored:
     groups = columns // mxfp4.GROUP_SIZE
     return {
@@ -266,11 +244,6 @@ def _read_mxfp4(stored: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 def _store_mxfp4(codes_RC: Tensor, scale_RG: Tensor) -> dict[str, Tensor]:
     return {"_blocks": mxfp4.pack_codes(grids.halves_to_codes(codes_RC)), "_scales": grids.scale_bytes(scale_RG)}
-
-
-def _mxfp4_config(_group_size: int) -> dict[str, Any]:
-    """Return the description in OpenAI's release."""
-    return {"quant_method": "mxfp4", "modules_to_not_convert": list(MXFP4_UNTOUCHED)}
 
 
 FLOAT = Layout(
@@ -290,7 +263,7 @@ MXFP4 = Layout(
     matrix=_mxfp4_matrix,
     read=_read_mxfp4,
     store=_store_mxfp4,
-    config=_mxfp4_config,
+    config=mxfp4_config,
     group_sizes=(mxfp4.GROUP_SIZE,),
     source=True,
 )
@@ -315,9 +288,29 @@ def _integers(bits: int, config: Callable[[int], dict[str, Any]]) -> Layout:
     )
 
 
-INT4 = _integers(4, _int4_config)
-INT3, INT2 = (_integers(bits, partial(_planes_config, bits)) for bits in (3, 2))
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, INT4, INT3, INT2, MXFP4)}
+INT4 = _integers(4, int4_config)
+INT3, INT2 = (_integers(bits, partial(planes_config, bits)) for bits in (3, 2))
+
+
+def _no_matrix(*_: Any) -> Any:
+    raise ValueError("a mixed layout has no matrix of its own; ask that of a projection, `at`")
+
+
+# without its layers: what all mixed ones have in common
+MIXED = replace(INT4, name="mixed", grid=None, matrix=_no_matrix, read=_no_matrix, store=None, bits=0,
+                config=None, shard_stem="gptoss-mixed")  # fmt: skip
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (FLOAT, INT4, INT3, INT2, MXFP4, MIXED)}
+WIDTHS: dict[int, Layout] = {layout.bits: layout for layout in (INT2, INT3, INT4)}
+
+Bits = tuple[tuple[int, int], ...]  # per layer, of the codes of gate_up and of down
+
+
+def layout_of_bits(bits: Bits) -> Layout:
+    """Return the layout that stores these bits: a mixed one, or that of one width where all are equal."""
+    if len(widths := {width for pair in bits for width in pair}) == 1:
+        return WIDTHS[widths.pop()]
+    pairs = tuple((WIDTHS[wide], WIDTHS[narrow]) for wide, narrow in bits)
+    return replace(MIXED, layers=pairs, config=partial(planes_config, [list(pair) for pair in bits]))
 
 
 def quantization_config(layout: Layout, group_size: int = 0) -> dict[str, Any]:
@@ -333,12 +326,24 @@ AUTO = "auto"
 WRITTEN: dict[str, Layout] = {name: layout for name, layout in LAYOUTS.items() if layout.store is not None}
 
 
-def layout_of(names: "dict[str, Any] | set[str]") -> Layout | None:
-    """Return the layout whose first expert tensor is among the names of a checkpoint, None for none of ours."""
-    for layout in LAYOUTS.values():
+def layout_of(names: "dict[str, Any] | set[str]", layers: int) -> Layout | None:
+    """Return the layout that the names of a checkpoint's expert tensors belong to, None for none of ours.
+
+    The first layer says which; where it is packed, every projection of every layer says its bits.
+    """
+    for layout in (one for one in LAYOUTS.values() if one is not MIXED):
         if layout.base(0, 0, "gate_up") + layout.suffixes[0] in names:
-            return layout
+            if not layout.packed:
+                return layout
+            stems = [[layout.base(i, 0, part) for part in PARTS] for i in range(layers)]
+            bits = ([_bits_at(stem, names) or layout.bits for stem in pair] for pair in stems)
+            return layout_of_bits(tuple((wide, narrow) for wide, narrow in bits))
     return None
+
+
+def _bits_at(stem: str, names: "dict[str, Any] | set[str]") -> int | None:
+    """Return the bits of a projection whose codes are among the names, None where there are none."""
+    return next((bits for bits in WIDTHS if stem + codes_suffix(bits) in names), None)
 
 
 def expert_shapes(config: ModelConfig, layout: Layout, group_size: int = 0) -> dict[str, tuple[int, ...]]:

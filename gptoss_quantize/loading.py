@@ -65,16 +65,13 @@ def load(
     checkpoint = Checkpoint(Path(path))
     if not checkpoint.layout.packed:
         raise InputError(
-            f"{path}: its experts are {checkpoint.layout.name}, not int4, int3 or int2; load it with transformers, "
-            "or quantize it first (gptoss-quantize quantize)"
+            f"{path}: its experts are {checkpoint.layout.name}, not int4, int3, int2 or a mixture; load it with "
+            "transformers, or quantize it first (gptoss-quantize quantize)"
         )
     if kernel not in KERNELS:
         raise InputError(f"unknown expert kernel {kernel!r}; known: {', '.join(KERNELS)}")
     if kernel == "auto" and torch.device(device).type == "cpu" and not native.available():
         warnings.warn(f"{path}: its experts run in {kernel_report(device, dtype)}", stacklevel=2)
-    if kernel == "auto" and torch.device(device).type == "cuda" and checkpoint.layout.bits != 4:
-        report = kernel_report(device, dtype, checkpoint.layout.bits)
-        warnings.warn(f"{path}: its experts run in {report}", stacklevel=2)
     config = checkpoint.config
     raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "gptoss_quantize")}
     with init_empty_weights(include_buffers=False):

@@ -29,8 +29,11 @@ FORMATS = {
     "int4": "int4 (symmetric, packed as compressed-tensors does)",
     "int3": "int3 (symmetric, in planes that only gptoss-quantize reads)",
     "int2": "int2 (symmetric, in planes that only gptoss-quantize reads)",
+    "mixed": "int2 to int4, chosen for each projection (symmetric; only gptoss-quantize reads them)",
     "mxfp4": "MXFP4 (OpenAI's own layout)",
 }
+# no other runtime has such codes
+BELOW = ("int3", "int2", "mixed")
 
 
 def hub_name(path: str | Path) -> str | None:
@@ -111,7 +114,7 @@ def _use(name: str, marker: dict[str, Any]) -> list[str]:
         return _block("llama.cpp", "sh", "llama-server -m model.gguf") + _block(
             "Ollama", "sh", "ollama create my-gpt-oss -f Modelfile"
         )
-    if kind in ("int4", "int3", "int2"):
+    if kind in ("int4", *BELOW):
         code = ["import gptoss_quantize  # pip install gptoss-quantize", f'model = gptoss_quantize.load("{name}")']
     else:
         code = [
@@ -119,8 +122,7 @@ def _use(name: str, marker: dict[str, Any]) -> list[str]:
             f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         ]
     lines = _block("Transformers", "python", *code) + _block("A terminal", "sh", f"gptoss-quantize chat {name}")
-    if kind in ("int3", "int2"):
-        # no other runtime has such codes
+    if kind in BELOW:
         return lines
     export = f"gptoss-quantize export {name} gguf --to gguf"
     lines += _block("llama.cpp, Ollama, LM Studio", "sh", export, "llama-server -m gguf/model.gguf")

@@ -10,12 +10,14 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import experts_op
 from gptoss_quantize.kernels.experts import MappedExperts, PackedExperts, experts_torch
-from gptoss_quantize.layouts import Layout
+from gptoss_quantize.layouts import PARTS, Layout
 
 
-def stored_parts(layout: Layout) -> tuple[str, ...]:
-    """Return the names of an expert's stored tensors, in the order of PackedExperts."""
-    return tuple(stem + suffix for stem in layout.stems for suffix in (*layout.suffixes, "_bias"))
+def stored_parts(layout: Layout, layer: int = 0) -> tuple[str, ...]:
+    """Return the names of an expert's stored tensors in a layer, in the order of PackedExperts."""
+    return tuple(
+        layout.stem(part) + suffix for part in PARTS for suffix in (*layout.at(layer, part).suffixes, "_bias")
+    )
 
 
 class PackedExpertsModule(nn.Module):
@@ -99,7 +101,7 @@ def map_experts(checkpoint: Checkpoint, layer: int, maps: dict[Path, torch.Tenso
     Scales and biases with NaN or infinite values are refused. What the kernels cannot read in place is copied: scales
     in another dtype than bfloat16, biases of mixed dtypes, tensors at odd addresses.
     """
-    config, parts = checkpoint.config, stored_parts(checkpoint.layout)
+    config, parts = checkpoint.config, stored_parts(checkpoint.layout, layer)
     base = f"model.layers.{layer}.mlp.experts."
     biases = {
         checkpoint.info(f"{base}{e}.{part}").dtype for e in range(config.experts) for part in (parts[2], parts[5])
@@ -125,8 +127,10 @@ def map_experts(checkpoint: Checkpoint, layer: int, maps: dict[Path, torch.Tenso
                 storages.append(maps[shard.path] if inside else data)
             place.append((number[key], info.start if inside else 0))
     where = torch.tensor(place, dtype=torch.int64).view(len(parts), config.experts, 2)
-    bits = (checkpoint.layout.bits, checkpoint.layout.bits)
-    return MappedExperts(storages, where, config.hidden, config.intermediate, checkpoint.group_size, bias_dtype, bits)
+    wide, narrow = (checkpoint.layout.at(layer, part).bits for part in PARTS)
+    return MappedExperts(
+        storages, where, config.hidden, config.intermediate, checkpoint.group_size, bias_dtype, (wide, narrow)
+    )
 
 
 def _finite(values: torch.Tensor) -> bool:

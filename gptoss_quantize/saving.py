@@ -130,7 +130,7 @@ def _stored(layout: Layout, module: PackedExpertsModule, layer: int) -> dict[str
     count = experts.w13_packed.shape[0] if isinstance(experts, PackedExperts) else experts.place.shape[1]
     for e in range(count):
         one = experts.of(e)
-        for part, name in zip(stored_parts(layout), PackedExperts.__slots__, strict=True):
+        for part, name in zip(stored_parts(layout, layer), PackedExperts.__slots__, strict=True):
             # a copy: views of one mapped file share their memory, which safetensors refuses
             out[f"model.layers.{layer}.mlp.experts.{e}.{part}"] = getattr(one, name).cpu().clone()
     return out

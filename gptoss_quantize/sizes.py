@@ -12,7 +12,7 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.layouts import DENSE, INT4, LAYOUTS, Layout, codes_suffix, dense_shapes
+from gptoss_quantize.layouts import DENSE, INT4, WIDTHS, Layout, codes_suffix, dense_shapes
 from gptoss_quantize.shards import DTYPES
 
 # safetensors' names and bytes, in the order in which it sorts dtypes: widest alignment first
@@ -51,7 +51,7 @@ def shard_tensors(
             packed = DENSE[dense].packs(name)
             shard.append((stored, _written(allowed, torch.float16) if packed else dense_dtype(name), size))
     for i in range(config.layers):
-        for name, (shape, allowed) in layout.stored(config, group_size).items():
+        for name, (shape, allowed) in layout.stored(config, group_size, i).items():
             full = f"model.layers.{i}.mlp.experts.{name}"
             shards[i + 1].append((full, _written(allowed, torch.bfloat16), shape))
     return shards
@@ -89,7 +89,7 @@ def header_bytes(shard: list[Stored]) -> int:
 def part_of(name: str) -> str:
     """Return the part of the model that a stored tensor is counted under."""
     if ".mlp.experts." in name:
-        codes = {codes_suffix(layout.bits): "expert codes" for layout in LAYOUTS.values() if layout.packed}
+        codes = {codes_suffix(bits): "expert codes" for bits in WIDTHS}
         kinds = codes | {"_scale": "expert scales", "_bias": "expert biases"}
         return next(part for end, part in kinds.items() if name.endswith(end))
     if ".self_attn." in name:
@@ -113,12 +113,14 @@ def disk(shards: list[list[Stored]]) -> dict[str, Any]:
     return {"parts": parts | {"file headers": headers}, "files": files, "total": sum(files)}
 
 
-def expert_bytes(config: ModelConfig, group_size: int, pad_rows: int = 1, pad_columns: int = 1) -> int:
-    """Return the bytes of all expert codes, scales and biases, matrices padded to multiples."""
+def expert_bytes(
+    config: ModelConfig, group_size: int, pad_rows: int = 1, pad_columns: int = 1, bits: float = 4
+) -> int:
+    """Return the bytes of all expert codes, scales and biases, matrices padded to multiples; `bits` on average."""
     total = 0
     for rows, columns in ((2 * config.intermediate, config.hidden), (config.hidden, config.intermediate)):
         R, C = -(-rows // pad_rows) * pad_rows, -(-columns // pad_columns) * pad_columns
-        total += R * C // 2 + 2 * R * -(-C // group_size) + 2 * R
+        total += int(R * C * bits / 8) + 2 * R * -(-C // group_size) + 2 * R
     return config.layers * config.experts * total
 
 

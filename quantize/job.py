@@ -14,7 +14,7 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
-from gptoss_quantize.layouts import DENSE, Layout, dense_shapes, pick_layout
+from gptoss_quantize.layouts import DENSE, Bits, Layout, dense_shapes, layout_of_bits, pick_layout
 from gptoss_quantize.machine import compute_dtype, pick_device
 from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.quantize.budget import (
@@ -44,6 +44,9 @@ class Job:
     device: str = "auto"  # auto: cuda where there is one
     dtype: torch.dtype | None = None  # of matrix products; None: what the device multiplies fastest
     dense: str = "source"  # or int8: attention, embedding and head in 8 bits
+    size: int | None = None  # bytes that the weight files may have; `format` and `dense` are then chosen
+    bits: Bits = ()  # chosen for that size: per layer those of gate_up and of down
+    chosen: dict[str, Any] | None = None  # what the report says of it
     memory: int | None = None  # bytes that the process may take; None: 60 % of what is free
     polish: int = 0  # steps of end-to-end polish after the last layer
     polish_text: Tokens | None = None  # what it works on: text that calibration does not see
@@ -55,7 +58,7 @@ class Job:
     @property
     def layout(self) -> Layout:
         """Return the output's layout; InputError where it does not go with the group size."""
-        return pick_layout(self.format, self.group_size)[0]
+        return layout_of_bits(self.bits) if self.bits else pick_layout(self.format, self.group_size)[0]
 
     @property
     def target(self) -> Target:
@@ -89,7 +92,8 @@ def check(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
             raise InputError(
                 f"{source.path}: {name} {size} is not a multiple of group size {job.group_size}; {remedy}"
             )
-    check_recipe(job.method, job.recipe, layout.name)
+    # what goes with a mixture goes with each of its widths
+    check_recipe(job.method, job.recipe, layout.layers[0][0].name if layout.layers else layout.name)
     _check_options(source, job, tokens)
     if job.recipe.calibrated and tokens is None:
         raise InputError(f"method {job.method} needs calibration text; pass --calibration")
@@ -140,6 +144,8 @@ def fingerprint(source: Checkpoint, job: Job, tokens: Tokens | None) -> dict[str
         "format": job.format,
         "group_size": job.group_size,
         "dense": job.dense,
+        "size": job.size,
+        "bits": [list(pair) for pair in job.bits],
         "polish": job.polish,
         "polish_text": None if job.polish_text is None else job.polish_text.sha256,
         "calibration": None if tokens is None else tokens.sha256,

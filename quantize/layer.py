@@ -4,7 +4,7 @@ The block output that goes on to the next layer is the *original* model's: every
 original would see. Within an expert, down_proj is calibrated on what the quantized gate_up really gives it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gptoss_quantize.calibration.moments import Moments, MomentSums
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels.experts import gated
 from gptoss_quantize.kernels.grids import Grid
-from gptoss_quantize.layouts import Layout
+from gptoss_quantize.layouts import PARTS, Layout
 from gptoss_quantize.machine import Clock
 from gptoss_quantize.model import expert_act
 from gptoss_quantize.quantize import awq
@@ -33,30 +33,33 @@ class Target:
     recipe: Recipe
     layout: Layout
     group_size: int
+    layer: int = 0  # which, where the layout is mixed
 
-    @property
-    def grid(self) -> Grid:
-        """Return what codes and scales may be."""
-        if self.layout.grid is None:
-            raise ValueError(f"{self.layout.name} has no codes to solve for")
-        return self.layout.grid
+    def grid(self, part: str) -> Grid:
+        """Return what codes and scales of a projection, "gate_up" or "down", may be."""
+        layout = self.layout.at(self.layer, part)
+        if layout.grid is None:
+            raise ValueError(f"{layout.name} has no codes to solve for")
+        return layout.grid
 
     def solve(
         self,
+        part: str,
         weight_ENK: torch.Tensor,
         bias_EN: torch.Tensor,
         stats: list[Moments] | None,
         products: torch.dtype | None = None,
     ) -> Solution:
         """Return the quantized projection of E experts; see `quantize.solve`."""
-        return solve(weight_ENK, bias_EN, stats, self.recipe, self.group_size, self.grid, products)
+        return solve(weight_ENK, bias_EN, stats, self.recipe, self.group_size, self.grid(part), products)
 
     def store(
         self, tensors: dict[str, torch.Tensor], place: tuple[int, int], pair: tuple[Solution, Solution], at: int
     ) -> None:
         """Add an expert, item `at` of its solved batch, to a layer's tensors; `place` is (expert, experts)."""
-        for name, part in zip(("gate_up", "down"), pair, strict=True):
-            self.layout.put(tensors, place, name, part.codes[at], part.scale[at], part.bias[at])
+        for name, part in zip(PARTS, pair, strict=True):
+            layout = self.layout.at(self.layer, name)
+            layout.put(tensors, place, name, part.codes[at], part.scale[at], part.bias[at])
 
 
 @dataclass(slots=True)
@@ -75,14 +78,14 @@ def round_layer(
     The report names the experts that are no MXFP4 values ("off_mxfp4_grid"), and has [sum of squared weight errors,
     sum of squared weights] of the others ("weight_error").
     """
-    result, sums = LayerResult(), [0.0, 0.0]
+    target, result, sums = replace(target, layer=index), LayerResult(), [0.0, 0.0]
     off: list[int] = []
     for e in range(source.config.experts) if experts is None else experts:
         with clock("read"):
             expert = source.expert(index, e)
         with clock("solve"):
-            gate_up = target.solve(expert.gate_up[None], expert.gate_up_bias[None], None)
-            down = target.solve(expert.down[None], expert.down_bias[None], None)
+            gate_up = target.solve("gate_up", expert.gate_up[None], expert.gate_up_bias[None], None)
+            down = target.solve("down", expert.down[None], expert.down_bias[None], None)
             target.store(result.tensors, (e, source.config.experts), (gate_up, down), 0)
         with clock("report"):
             if not mxfp4_values(source, index, e, expert):
@@ -140,6 +143,7 @@ def calibrated_layer(
 
     `dense` are the layer's tensors outside the experts.
     """
+    target = replace(target, layer=index)
     layer, result = _Layer(source.config, routed, target, clock), LayerResult()
     device = routed.x.device
     mine = range(source.config.experts) if routed.experts is None else routed.experts
@@ -154,7 +158,7 @@ def calibrated_layer(
                 target.group_size,
                 target.recipe.awq_strength,
                 routed.gather,
-                target.grid,
+                target.grid("gate_up"),
             )
         result.report["awq"] = {"alpha": fold.alpha, "gain": fold.gain}
         if fold.alpha:
@@ -199,7 +203,7 @@ def _solve_chunk(layer: _Layer, chunk: range, originals: list[Expert], result: L
     with clock("solve"):
         wide = [e.gate_up if layer.input_scale is None else e.gate_up * layer.input_scale for e in experts]
         biases = torch.stack([e.gate_up_bias for e in experts])
-        gate_up = target.solve(torch.stack(wide), biases, stats, layer.dtype)
+        gate_up = target.solve("gate_up", torch.stack(wide), biases, stats, layer.dtype)
         del wide
     stats, probes = [], []
     for at, (e, original) in enumerate(zip(chunk, originals, strict=True)):
@@ -208,7 +212,7 @@ def _solve_chunk(layer: _Layer, chunk: range, originals: list[Expert], result: L
         probes.append(probe)
     with clock("solve"):
         biases = torch.stack([e.down_bias for e in experts])
-        down = target.solve(torch.stack([e.down for e in experts]), biases, stats, layer.dtype)
+        down = target.solve("down", torch.stack([e.down for e in experts]), biases, stats, layer.dtype)
     with clock("report"):
         for at, entry in enumerate(entries):
             entry["output_error"] = _output_error(probes[at], down, at)
@@ -235,7 +239,7 @@ def _fold_down(layer: _Layer, e: int, original: Expert) -> tuple[Expert, torch.T
         up = functional.linear(block.x, weight, bias)
         # 2 % below the limit, so that rounding of the folded weights does not reach it either
         clamped |= (up.float().abs() >= 0.98 * layer.config.swiglu_limit).any(0)
-    settings = layer.config, layer.target.group_size, clamped, layer.recipe.awq_strength, layer.target.grid
+    settings = layer.config, layer.target.group_size, clamped, layer.recipe.awq_strength, layer.target.grid("down")
     folded, t, beta, gain = awq.search_down(layer.routed.sample(e), original, *settings)
     return folded, t, {"beta": beta, "gain": gain, "clamped": int(clamped.sum())}
 

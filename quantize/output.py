@@ -49,12 +49,26 @@ def _state_of_report(report: dict[str, Any], index: dict[str, Any]) -> dict[str,
     same = {name: report[name] for name in ("settings", "layers", "crc32", "bytes", "polish")}
     return same | {
         "sanity": report.get("sanity"),
+        "mixture": report.get("mixture"),
         "weight_map": index["weight_map"],
         "seconds": report["seconds_by_phase"],
         "elapsed": report["seconds"],
         "peak_rss_mib": report["peak_rss_mib"],
         "budget": report["memory"],
     }
+
+
+def chosen_before(dest: Path) -> dict[str, Any] | None:
+    """Return the bits that an unfinished run of `dest` chose for its size, None where there is none."""
+    partial = partial_of(place_of(dest))
+    for name in ("state.json", REPORT_NAME):
+        try:
+            # what is broken or does not fit is refused when the run is taken over
+            found = json.loads((partial / name).read_text(encoding="utf-8"))["mixture"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return found if isinstance(found, dict) else None
+    return None
 
 
 # what a run depends on, and is no option

@@ -18,7 +18,7 @@ from torch.nn import functional
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.kernels import mxfp4, native, planes
 from gptoss_quantize.kernels.experts import activated, swiglu_slope
-from gptoss_quantize.layouts import LAYOUTS, MXFP4
+from gptoss_quantize.layouts import MXFP4, WRITTEN
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ def _packed_matrix(bits: int, packed_RW: torch.Tensor, scale_RG: torch.Tensor, d
 # layout -> (stored tensors by the order of its suffixes, compute dtype) -> matrix
 MATRICES: dict[str, Callable[..., Matrix]] = {
     MXFP4.name: mxfp4_matrix,
-    **{name: partial(_packed_matrix, layout.bits) for name, layout in LAYOUTS.items() if layout.packed},
+    **{name: partial(_packed_matrix, layout.bits) for name, layout in WRITTEN.items() if layout.packed},
 }
 
 

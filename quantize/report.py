@@ -38,6 +38,8 @@ def report_of(tokens: Tokens | None, output: Output, bits: float, seconds: float
             [i, e["expert"], e["extra_damping"]] for i, e in entries if "extra_damping" in e
         ],
         "polish": output.state.get("polish"),
+        # what was chosen for --size
+        "mixture": output.state.get("mixture"),
         "layers": layers,
         "seconds": round(seconds, 2),
         "seconds_by_phase": {k: round(v, 2) for k, v in output.state["seconds"].items()},

@@ -20,15 +20,17 @@ from gptoss_quantize.calibration.capture import Routed, add_experts, attend_and_
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.files import check_dest
 from gptoss_quantize.kernels import native
-from gptoss_quantize.layouts import DENSE, quantization_config
+from gptoss_quantize.layouts import DENSE, INT4, quantization_config
 from gptoss_quantize.machine import Clock, pick_device, release_memory, reuse_memory
 from gptoss_quantize.model import batches
 from gptoss_quantize.quantize.auto import settle_format
 from gptoss_quantize.quantize.budget import Budget, make_room, token_arrays
 from gptoss_quantize.quantize.job import Job, budget_of, check, fingerprint
 from gptoss_quantize.quantize.layer import LayerResult, Target, calibrated_layer, round_layer
-from gptoss_quantize.quantize.output import Output
+from gptoss_quantize.quantize.mixing import choose, forms_for, measured, room, with_choice
+from gptoss_quantize.quantize.output import Output, chosen_before
 from gptoss_quantize.quantize.polish import PolishSettings
 from gptoss_quantize.quantize.polish_output import polish_output
 from gptoss_quantize.quantize.ranks import (
@@ -75,15 +77,22 @@ def quantize_checkpoint(
     on_layer: Callable[[int], None] = lambda index: None,
     on_step: Callable[[int, float], None] = lambda step, kl: None,
     ranks: Ranks = SINGLE,
+    on_sensed: Callable[[int], None] = lambda done: None,
+    on_chosen: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Quantize all experts of `source` into `job.dest`; return the report that is also written there.
 
     `tokens` are needed by every recipe that looks at activations. `on_layer` is called with the index of each
-    finished layer, `on_step` with each step of the polish and its divergence. `ranks` are the processes that share
-    the work; each of them calls this. InputError for input that is refused; nothing then stands under the final name.
+    finished layer, `on_step` with each step of the polish and its divergence; `on_sensed` with the number of layers
+    whose sensitivity is measured, for a job with a size, and `on_chosen` with what was chosen for it. `ranks` are
+    the processes that share the work; each of them calls this. InputError for input that is refused; nothing then
+    stands under the final name.
     """
     job = settle_format(source, job)
     tokens = tokens if job.recipe.calibrated else None
+    if job.size is not None:
+        job = _choose(source, job, tokens, ranks, on_sensed)
+        on_chosen(job.chosen or {})
     check(source, job, tokens)
     job = replace(job, device=pick_device(job.device))
     job = replace(job, dtype=job.products)
@@ -97,6 +106,30 @@ def quantize_checkpoint(
             return _work(run)
 
 
+def _choose(
+    source: Checkpoint, job: Job, tokens: Tokens | None, ranks: Ranks, on_layer: Callable[[int], None]
+) -> Job:
+    """Return a job with bits for its size: those of the run that it continues, or chosen by the first rank."""
+    check(source, replace(job, format=INT4.name), tokens)
+    size, group, forms = job.size or 0, job.group_size, forms_for(job, source.config)
+
+    def choose_here() -> dict[str, Any]:
+        before = chosen_before(job.dest) if job.resume else None
+        if before is not None and before.get("size") == size:
+            return before
+        room(source, size, group, forms)
+        if tokens is None:
+            raise InputError(f"--size needs a method that looks at calibration text; {job.method} does not, use gptq")
+        if not job.resume:
+            check_dest(job.dest, overwrite=job.overwrite, inputs=(source.path,))
+        started = time.perf_counter()
+        losses = measured(source, tokens, group, job.products, on_layer)
+        seconds = round(time.perf_counter() - started, 2)
+        return choose(source, losses, size, group, forms).record(size) | {"seconds": seconds}
+
+    return with_choice(job, from_first(ranks, choose_here))
+
+
 def _begin(source: Checkpoint, job: Job, tokens: Tokens | None, settings: dict[str, Any], ranks: Ranks) -> Output:
     """Return the output, begun or taken over by rank 0; the others join it, if they see the same input."""
     shards, stem = source.config.layers + 1, job.layout.shard_stem
@@ -106,6 +139,7 @@ def _begin(source: Checkpoint, job: Job, tokens: Tokens | None, settings: dict[s
         output = Output(job.dest, shards, settings, stem=stem, resume=job.resume, overwrite=job.overwrite)
         try:
             # a run goes on with the memory that it began with, unless it is given another
+            output.state.setdefault("mixture", job.chosen)
             if "budget" not in output.state or job.memory not in (None, output.state["budget"]["bytes"]):
                 output.state["budget"] = asdict(budget_of(source.config, job, tokens, ranks))
         except InputError:

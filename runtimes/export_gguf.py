@@ -27,7 +27,7 @@ from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import Progress, no_progress
 from gptoss_quantize.kernels import ggml, int4
-from gptoss_quantize.layouts import INT4, MXFP4, dense_shapes
+from gptoss_quantize.layouts import FLOAT, INT4, MXFP4, dense_shapes
 from gptoss_quantize.runtimes.gguf_vocab import add_tokenizer
 from gptoss_quantize.runtimes.staging import PendingTensor, write_chunks
 
@@ -197,7 +197,7 @@ def expert_kind(checkpoint: Checkpoint, expert_type: str) -> Ggml:
     if (wanted := TYPES[expert_type]) is not None:
         return wanted
     layout = checkpoint.layout
-    if layout.grid is None:
+    if layout is FLOAT:
         return STORED[checkpoint.info(layout.base(0, 0, "gate_up")).dtype]
     if layout.name not in NATIVE:
         raise InputError(f"{checkpoint.path}: ggml has no type for {layout.name} experts; use --expert-type bf16")

@@ -114,7 +114,7 @@ def _biases(checkpoint: StoredSource, layer: int, part: str) -> PendingTensor:
 def write_mxfp4(checkpoint: Checkpoint, folder: Path, on_shard: Progress = no_progress) -> dict[str, Any]:
     """Write OpenAI's MXFP4 layout, blocks and scales bit for bit; InputError for another expert format."""
     if checkpoint.layout is not MXFP4:
-        if checkpoint.layout.grid is None:
+        if checkpoint.layout is FLOAT:
             raise InputError(
                 f"{checkpoint.path}: its experts are {checkpoint.layout.name}, and MXFP4 needs codes for them: "
                 "gptoss-quantize quantize --format mxfp4 (--method rtn, where they are MXFP4 values already)"

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptoss_quantize.config import ModelConfig
+from gptoss_quantize.errors import InputError
+from gptoss_quantize.kernels import int8
 from gptoss_quantize.sizes import dense_total, expert_bytes
-from gptoss_quantize.units import GIB
+from gptoss_quantize.units import GIB, gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,60 @@ RUNTIMES = {
         overhead=GIB, utilization=0.97, dense=("source", "int8"), in_ram=("embedding",), offloads=True,
     ),
 }  # fmt: skip
+
+
+# our own loader, for one user: no padding, transformers' cache as long as the context, windows of their own length.
+# torch's CUDA context and workspaces, and 32-bit logits of a batch, are the estimate
+OURS = Runtime(
+    pad_rows=1, pad_columns=1, group_size=None, cache_block=1, batch=0, extra_blocks=0,
+    overhead=GIB, utilization=0.97, dense=("source", "int8"), in_ram=(), offloads=False,
+)  # fmt: skip
+FIT_CONTEXT = 32768
+BITS = (4, 3.5, 3, 2.5, 2)  # of codes; halves are mixtures
+
+
+def size_to_fit(config: ModelConfig, memory: int, context: int | None = None) -> int:
+    """Return the bytes that weight files may have so that `load` and a conversation fit `memory` bytes.
+
+    `context` tokens; None: 32,768, or what the model was made for. InputError where nothing is left for weights.
+    """
+    tokens = min(FIT_CONTEXT, config.max_positions) if context is None else context
+    if tokens > config.max_positions:
+        raise InputError(
+            f"--context {tokens}: the model was made for {config.max_positions} tokens (max_position_embeddings); "
+            "ask for that many or fewer"
+        )
+    cache = sum(kv_bytes(config, tokens, OURS).values())
+    room = int(memory * OURS.utilization) - OURS.overhead - cache
+    if room <= 0:
+        raise InputError(
+            f"--fit {gib(memory)}: {tokens} tokens of context take {gib(cache)}, and about {gib(OURS.overhead)} are "
+            "for what runs it; nothing is left for weights: give more, or a shorter --context"
+        )
+    return room
+
+
+def fewer_bits(
+    config: ModelConfig, group_size: int, memory: int, dense_dtype: Callable[[str], str]
+) -> list[dict[str, Any]]:
+    """Return, for codes of 4 bits and fewer on average, the bytes of all weights and the longest context beside them.
+
+    For our own loader on a card of `memory` bytes, with attention, embedding and head in 8 bits where the model can
+    have that; 0 tokens where nothing fits.
+    """
+    rows: list[dict[str, Any]] = []
+    dense = dense_total(config, "int8" if config.hidden % int8.GROUP_SIZE == 0 else "source", dense_dtype)
+    for bits in BITS:
+        weights = dense + expert_bytes(config, group_size, bits=bits)
+        rest = int(memory * OURS.utilization) - OURS.overhead - weights
+        low, high = 0, config.max_positions
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits_in = sum(kv_bytes(config, middle, OURS).values()) <= rest
+            low, high = (middle, high) if fits_in else (low, middle - 1)
+        stored = bits + 16 / group_size
+        rows.append({"bits": bits, "bits_per_weight": stored, "bytes": weights, "context": low if rest > 0 else 0})
+    return rows
 
 
 def _up(value: int, multiple: int) -> int:

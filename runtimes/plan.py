@@ -16,7 +16,7 @@ from gptoss_quantize.quantize.budget import memory_needs
 from gptoss_quantize.quantize.estimate import estimate
 from gptoss_quantize.quantize.mxfp4_values import look_at
 from gptoss_quantize.quantize.recipes import RECIPES
-from gptoss_quantize.runtimes.memory import fits, llamacpp_command, serve_command
+from gptoss_quantize.runtimes.memory import fewer_bits, fits, llamacpp_command, serve_command
 from gptoss_quantize.sizes import dense_dtype_of, disk, shard_tensors
 from gptoss_quantize.units import GIB
 
@@ -62,14 +62,16 @@ def plan_record(wanted: PlanRequest, source: Checkpoint | None) -> dict[str, Any
     group_size, dense_dtype = wanted.group_size, dense_dtype_of(source)
     out = _out(name)
     card = config, group_size, wanted.dense, wanted.gpu_memory, contexts, dense_dtype
+    fewer = fewer_bits(config, group_size, wanted.gpu_memory, dense_dtype)
     record: dict[str, Any] = {
         **asdict(wanted),
         "model": name,
         **look_at(source),
         "disk": disk(shard_tensors(config, group_size, wanted.dense, dense_dtype)),
         "card": fits(*card),
+        "fewer_bits": fewer,
         "sparsity": sparsity(name, config),
-        "commands": _commands(wanted, name, out),
+        "commands": _commands(wanted, name, out) | {"fit": _fit_command(wanted, name, fewer, contexts)},
         "serve": serve_command(out, config, group_size, wanted.dense, wanted.gpu_memory, contexts[-1], dense_dtype),
         "llama.cpp": llamacpp_command(f"{out}-gguf", *card),
         "memory": memory_needs(config, wanted.tokens, compute_dtype("cpu")),
@@ -99,6 +101,20 @@ def _contexts(wanted: PlanRequest, positions: int) -> tuple[int, ...]:
 def _out(model: str) -> str:
     """Return a name for the directory to write."""
     return f"{Path(model).name or 'model'}-int4"
+
+
+def _fit_command(
+    wanted: PlanRequest, name: str, fewer: list[dict[str, Any]], contexts: tuple[int, ...]
+) -> str | None:
+    """Return the command that chooses bits for the card and the middle context or what fits; None if nothing does."""
+    longest = max(row["context"] for row in fewer)
+    if not longest:
+        return None
+    source, out = shlex.quote(HUB.get(name, wanted.model)), shlex.quote(f"{Path(name).name or 'model'}-fit")
+    context = min(longest, contexts[len(contexts) // 2])
+    group = "" if wanted.group_size == INT4.group_sizes[0] else f" --group-size {wanted.group_size}"
+    memory = f"{wanted.gpu_memory / GIB:g}GiB"
+    return f"gptoss-quantize quantize {source} {out} --fit {memory} --context {context}{group}"
 
 
 def _commands(wanted: PlanRequest, name: str, out: str) -> dict[str, str]:

