@@ -217,8 +217,8 @@ def layer_lines(candidates: Sequence[dict[str, Any]]) -> str:
             lower.plot(x, [100 * layer["topk_agreement"] for layer in layers], color=series(i))
         if _positive(candidates):
             _log(upper.yaxis)
-        upper.set_ylabel("error of the expert block (%)")
-        lower.set_ylabel("experts chosen alike (%)")
+        upper.set_ylabel("block error (%)")
+        lower.set_ylabel("experts alike (%)")
         for axes in (upper, lower):
             axes.set_xlabel("layer")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

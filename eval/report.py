@@ -53,6 +53,7 @@ FILTERS = {
     "p_value": p_value,
     "signed": points,
     "capitalize_first": lambda text: text[:1].upper() + text[1:],
+    "unbroken": lambda text: text.replace(" %", "\u00a0%"),
     "points": lambda value: f"{value:g}",
     "mib": lambda count: f"{(count or 0) / 2**20:,.0f}",
 }
@@ -207,9 +208,10 @@ def render(record: dict[str, Any]) -> str:
     provenance["models"] = {m["name"]: {k: m[k] for k in ("path", "sha256", "seconds")} for m in models}
     provenance["texts"] = [t["text"] for t in record["baseline"]["texts"]]
     provenance["tasks"] = {task: found["prompts_sha256"] for task, found in record["baseline"]["tasks"].items()}
+    count = len(record["candidates"])
     kinds = {t["text"]["kind"] for t in record["baseline"]["texts"]}
     return environment.from_string(source).render(
-        title=f"{Path(record['baseline']['path']).name}: {len(record['candidates'])} checkpoint(s) compared",
+        title=f"{Path(record['baseline']['path']).name}: {count} checkpoint{'' if count == 1 else 's'} compared",
         record=record,
         words=WORDS,
         ceiling_kl=CEILING_KL,

@@ -22,6 +22,8 @@ def test_every_table_scrolls_with_its_hint_and_does_not_on_paper():
     assert tables == 6
     box = r'<div class="scroll" tabindex="0"[^>]*><p class="hint">[^<]+</p><table>'
     assert len(re.findall(box, PAGE)) == tables == PAGE.count("</table></div>")
+    # a table that goes on overleaf has its headings there too
+    assert PAGE.count("<thead>") == tables
     style = PAGE[: PAGE.index("</style>")]
     # the rules for paper stand last, where they win
     paper = style[style.rindex("@media print") :]
