@@ -38,7 +38,8 @@ print(json.dumps(found))
 def is_ours(locations: list[str | None]) -> bool:
     """Whether one of the places is in the checkout, or in the installed package."""
     homes = [Path(str(import_module("gptoss_quantize." + name).__file__)).parent for name in FOUR]
-    places = [Path(place).resolve() for place in locations if place]
+    # the interpreter's own are "frozen" or "built-in", nowhere: `site`, also the folder that `make docs` writes
+    places = [Path(place).resolve() for place in locations if place and Path(place).is_absolute()]
     in_environment = Path(sys.prefix).resolve()
     return any(
         place == home or home in place.parents or (ROOT in place.parents and in_environment not in place.parents)
