@@ -233,11 +233,11 @@ def print_verified(checkpoint: Path, baseline: str | None, rows: list[dict[str, 
         )
         if got := row["got"]:
             noise = "" if row["noise"] is None else f" (noise {row['noise']['kl']:.1e})"
-            printed.print(
-                f"  KL {got['kl']:.1e}{noise}, top-1 {100 * got['top1']:.1f} %, difference of log-probabilities "
-                f"{got['mean_difference']:.1e}, at most {got['max_difference']:.1e}",
-                highlight=False,
+            numbers = (
+                f"KL {got['kl']:.1e}{noise}, top-1 {100 * got['top1']:.1f} %, difference of log-probabilities "
+                f"{got['mean_difference']:.1e}, at most {got['max_difference']:.1e}"
             )
+            printed.print(Padding(numbers, (0, 0, 0, 2)), highlight=False)
         if row["note"]:
             printed.print(Padding(escape(row["note"]), (0, 0, 0, 2)), highlight=False)
 

@@ -154,7 +154,10 @@ def test_slope_of_swiglu_is_autograds(tokens):
     gate_up = normal(tokens, 2 * 96).mul_(7).bfloat16()
     slope = normal(tokens, 96, seed=1).bfloat16()
     wide = gate_up.double().requires_grad_()
-    gate, up = wide[:, :96].clamp(max=7.0), wide[:, 96:].clamp(-7.0, 7.0)
+    # a value that is the bound has the slope of those inside; torch's own clamp gives it 1 before 2.15, and 0 since
+    gate, up = wide[:, :96], wide[:, 96:]
+    gate, up = torch.where(gate <= 7, gate, 7.0), torch.where(up.abs() <= 7, up, 7 * up.sign())
+    assert tokens < 300 or bool((gate_up.abs() == 7).any())
     ((up + 1) * gate * torch.sigmoid(1.702 * gate)).backward(slope.double())
     torch.testing.assert_close(swiglu_slope(gate_up, slope, 7.0, 1.702).double(), wide.grad, rtol=2**-8, atol=1e-5)
     plain = swiglu_slope(gate_up.float(), slope.float(), 7.0, 1.702)

@@ -164,6 +164,8 @@ def test_what_verify_says_fits():
     print_verified("/a/long/path" * 5, None, rows, console)
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+    # what goes on below stays under what it belongs to
+    assert not [line for line in shown.splitlines() if line[:1].isdigit()]
     flat = " ".join(shown.split())
     for word in ("1.8e-05", "(noise 1.2e-09)", "98.4 %", "3.3e-03", "at most 1.2e+01", "DISAGREES", "[sic]"):
         assert word in flat
