@@ -106,8 +106,8 @@ def quantize(
         polish: steps of end-to-end polish, on text that follows the calibration's.
         size: bytes that the weight files may have, or "9.5GiB": bits per layer and projection, and the form of the
             rest, are then chosen for the least expected loss; without `format` and `dense`.
-        fit: instead of a size, the memory of the card that `load` is to put it on, with the cache of one conversation
-            of `context` tokens (32,768, or what the model was made for).
+        fit: instead of a size, the memory of the card that `load` is to put it on, with one conversation's cache.
+        context: the tokens of that conversation; 32,768, or what the model was made for, without it.
         resume: continue an interrupted run.
         overwrite: replace `out`, or a stale unfinished run, if it is ours.
         recipe: fields of quantize/recipes.py that differ from the method's, {"damping": 0.01} or ["damping=0.01"].
