@@ -17,7 +17,7 @@ import torch
 
 import gptoss_quantize as gq
 
-UNIFORM = {"int2": 2, "int3": 3, "int4": 4}
+UNIFORM = ("int2", "int3", "int4")
 SIZES = ("294MiB", "370MiB")  # 2.5 and 3.5 bits a code
 EVAL_TOKENS = 12_288
 

@@ -9,10 +9,10 @@ from gptoss_quantize.calibration.sanity import first_look
 from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
-from gptoss_quantize.errors import InputError
 from gptoss_quantize.progress import Progress
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.mixing import chosen_words
+from gptoss_quantize.quantize.recipes import check_size
 from gptoss_quantize.runtimes.memory import size_to_fit
 from gptoss_quantize.terminal import tell
 from gptoss_quantize.units import gib
@@ -29,14 +29,7 @@ class SizeAsked:
     def check(self, format: str, dense: str) -> None:
         """Raise InputError where it does not go with what else was asked for."""
         at_least(1, context=self.context)
-        if self.size is not None and self.fit is not None:
-            raise InputError("--size is of the files, and --fit of the card that is to hold them; give one of them")
-        if self.context is not None and self.fit is None:
-            raise InputError("--context goes with --fit: how long a conversation the card is to hold")
-        if (self.size is not None or self.fit is not None) and (format, dense) != ("int4", "source"):
-            raise InputError(
-                "--size and --fit choose bits and the form of the rest; leave --bits, --format and --dense out"
-            )
+        check_size(self.size, self.fit, self.context, free=(format, dense) == ("int4", "source"))
 
     def bytes(self, config: ModelConfig) -> int | None:
         """Return the bytes, None where nothing was asked for."""

@@ -161,7 +161,7 @@ def quantize(
     early.check_text(calibration, tokens, seq_len)
     early.check_numbers(memory=memory, device=device)
     free = bits is None and target is Format.int4 and dense is Dense.source
-    early.check_size(size, fit, context, chosen=not free)
+    early.check_sizes(size, fit, context, free=free)
     if early.alone():
         inputs = (Path(model), *([] if adapter is None else [adapter]))
         check_begin(out, "quantize", overwrite=overwrite, resume=resume, inputs=inputs)

@@ -16,7 +16,7 @@ from gptoss_quantize.atomic import remedy_for
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.files import check_utf8
 from gptoss_quantize.published import POSITIONS, has_hub_form, published
-from gptoss_quantize.quantize.recipes import FORMATS, RECIPES, check_recipe, override
+from gptoss_quantize.quantize.recipes import FORMATS, RECIPES, check_recipe, check_size, override
 from gptoss_quantize.units import parse_size
 
 PACKAGED_TEXTS = ("default", "heldout")
@@ -72,19 +72,12 @@ def _torch_for_processors() -> str | None:
     return said["__version__"].strip("'\"")
 
 
-def check_size(size: str | None, fit: str | None, context: int | None, *, chosen: bool) -> None:
-    """Raise InputError for a size that is none, and for one that goes with what it chooses itself."""
+def check_sizes(size: str | None, fit: str | None, context: int | None, *, free: bool) -> None:
+    """Raise InputError for a size that is none, and for one that does not go with the other options."""
     for option, value in (("--size", size), ("--fit", fit)):
         if value is not None:
             parse_size(value, option)
-            if chosen:
-                raise InputError(
-                    f"{option} chooses bits and the form of the rest; leave --bits, --format and --dense out"
-                )
-    if size is not None and fit is not None:
-        raise InputError("--size is of the files, and --fit of the card that is to hold them; give one of them")
-    if context is not None and fit is None:
-        raise InputError(f"--context {context} goes with --fit: how long a conversation the card is to hold")
+    check_size(size, fit, context, free=free)
 
 
 def check_export(to: str, dtype: str, dense_type: str, expert_type: str) -> None:

@@ -418,6 +418,13 @@ INT8 = Dense(name="int8", parts=_int8_parts, read=_read_int8, store=_store_int8,
 DENSE: dict[str, Dense] = {dense.name: dense for dense in (AS_SOURCE, INT8)}
 
 
+def misfit(config: ModelConfig, dense: str) -> tuple[str, int] | None:
+    """Return (name, columns) of a matrix that a form of the rest cannot pack, None where it packs all it wants to."""
+    packs = DENSE[dense].packs
+    shapes = dense_shapes(config).items()
+    return next(((n, s[-1]) for n, s in shapes if packs(n) and s[-1] % int8.GROUP_SIZE), None)
+
+
 def dense_of(names: "dict[str, Any] | set[str]") -> Dense:
     """Return how a checkpoint with these names stores what is not an expert."""
     probe = "model.embed_tokens.weight"

@@ -14,7 +14,7 @@ from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.kernels import int8, native
-from gptoss_quantize.layouts import DENSE, Bits, Layout, dense_shapes, layout_of_bits, pick_layout
+from gptoss_quantize.layouts import DENSE, Bits, Layout, dense_shapes, layout_of_bits, misfit, pick_layout
 from gptoss_quantize.machine import compute_dtype, pick_device
 from gptoss_quantize.prompts import check_ids
 from gptoss_quantize.quantize.budget import (
@@ -107,9 +107,7 @@ def _check_options(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
     if job.dense not in DENSE:
         raise InputError(f"--dense {job.dense}: expected {' or '.join(DENSE)}")
     packs = DENSE[job.dense].packs
-    shapes = dense_shapes(source.config).items()
-    odd = next(((n, s[-1]) for n, s in shapes if packs(n) and s[-1] % int8.GROUP_SIZE), None)
-    if odd is not None:
+    if (odd := misfit(source.config, job.dense)) is not None:
         raise InputError(
             f"{source.path}: {odd[0]} has {odd[1]} columns, not a multiple of {int8.GROUP_SIZE}; --dense {job.dense} "
             "works in groups of that many, leave it out"
@@ -123,7 +121,7 @@ def _check_options(source: Checkpoint, job: Job, tokens: Tokens | None) -> None:
             "give more text, or fewer --tokens"
         )
     # other runtimes read MXFP4 by its names, and polish moves what int8 would round again
-    if any(map(packs, dict(shapes))) and (job.polish or not job.layout.packed):
+    if any(map(packs, dense_shapes(source.config))) and (job.polish or not job.layout.packed):
         what = "--polish" if job.polish else f"--format {job.format}"
         raise InputError(f"--dense {job.dense} and {what} do not go together; leave one of them out")
 

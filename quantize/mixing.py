@@ -9,6 +9,7 @@ beside them; so they go to 8 bits where the model's shape allows it (docs/lab-no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from gptoss_quantize.calibration.text import Tokens
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int8
-from gptoss_quantize.layouts import DENSE, MIXED, PARTS, WIDTHS, Bits, Layout, dense_shapes, layout_of_bits
+from gptoss_quantize.layouts import MIXED, PARTS, WIDTHS, Bits, Layout, layout_of_bits, misfit
 from gptoss_quantize.quantize.job import Job
 from gptoss_quantize.quantize.sensitivity import TOKENS, Losses, sensitivities
 from gptoss_quantize.sizes import dense_dtype_of, disk, shard_tensors
@@ -83,12 +83,10 @@ def total_bytes(source: Checkpoint, layout: Layout, group_size: int, dense: str)
     return int(total)
 
 
-def choose(source: Checkpoint, losses: Losses, size: int, group_size: int, forms: Sequence[str]) -> Choice:
-    """Return what to write within `size` bytes; InputError where not even the smallest form fits."""
-    config = source.config
-    dense, units = room(source, size, group_size, forms)
+def choose(source: Checkpoint, losses: Losses, group_size: int, dense: str, units: int) -> Choice:
+    """Return what to write with the form of the rest and the units of bits that `room` found."""
     bits = allot(losses, units)
-    uniform = {width: loss_of(losses, ((width, width),) * config.layers) for width in WIDTHS}
+    uniform = {width: loss_of(losses, ((width, width),) * source.config.layers) for width in WIDTHS}
     total = total_bytes(source, layout_of_bits(bits), group_size, dense)
     return Choice(bits, dense, total, loss_of(losses, bits), uniform)
 
@@ -122,9 +120,7 @@ def unit_bytes(config: ModelConfig) -> int:
 
 def forms_for(job: Job, config: ModelConfig) -> tuple[str, ...]:
     """Return the forms that attention, embedding and head may have; a polish moves what int8 would round again."""
-    packs = DENSE["int8"].packs
-    odd = any(packs(name) and shape[-1] % int8.GROUP_SIZE for name, shape in dense_shapes(config).items())
-    return ("source",) if odd or job.polish else ("source", "int8")
+    return ("source",) if misfit(config, "int8") or job.polish else ("source", "int8")
 
 
 def measured(
@@ -138,34 +134,32 @@ def measured(
 
 def with_choice(job: Job, record: dict[str, Any]) -> Job:
     """Return a job with the bits and the form of the rest that a record of a choice names."""
-    bits: Bits = tuple((int(wide), int(narrow)) for wide, narrow in record["bits"])
+    bits = _bits_of(record)
     layout = layout_of_bits(bits)
     name = MIXED.name if layout.layers else layout.name
     return replace(job, format=name, bits=bits, dense=record["dense"], chosen=record)
 
 
+def _bits_of(record: dict[str, Any]) -> Bits:
+    """Return the bits of a record, which may have been JSON."""
+    return tuple((int(wide), int(narrow)) for wide, narrow in record["bits"])
+
+
 def chosen_words(record: dict[str, Any]) -> str:
     """Return what was chosen for a size, in a few lines: bits, layers in runs of the same, and the expected loss."""
-    bits: Bits = tuple((int(wide), int(narrow)) for wide, narrow in record["bits"])
+    bits = _bits_of(record)
     names = "attention, embedding and head in " + ("8 bits" if record["dense"] == "int8" else "the source's form")
-    mean = sum(UNITS["gate_up"] * wide + UNITS["down"] * narrow for wide, narrow in bits) / (3 * len(bits))
-    rows = [(first, last, *pair) for first, last, pair in _runs(bits)]
-    listed = "; ".join(f"{f}-{t} {w}/{n}" if f < t else f"{f} {w}/{n}" for f, t, w, n in rows)
-    losses = {name: loss for name, loss in record["expected_loss_uniform"].items()}
-    against = ", ".join(f"{loss / record['expected_loss']:.2f} with {name} bits" for name, loss in losses.items())
+    units = sum(UNITS[part] * width for pair in bits for part, width in zip(PARTS, pair, strict=True))
+    mean = units / (sum(UNITS.values()) * len(bits))
+    listed, layer = [], 0
+    for (wide, narrow), run in groupby(bits):
+        last = layer + len(list(run)) - 1
+        listed.append((f"{layer}-{last}" if layer < last else f"{layer}") + f" {wide}/{narrow}")
+        layer = last + 1
+    uniform = record["expected_loss_uniform"].items()
+    against = ", ".join(f"{loss / record['expected_loss']:.2f} with {name} bits" for name, loss in uniform)
     return (
         f"chosen for {gib(record['size'])}: {gib(record['expected_bytes'])}, codes of {mean:.2f} bits on average, "
-        f"{names}\n  layers, bits of gate_up/down: {listed}\n"
+        f"{names}\n  layers, bits of gate_up/down: {'; '.join(listed)}\n"
         f"  expected loss 1; everywhere the same: {against}"
     )
-
-
-def _runs(bits: Bits) -> list[tuple[int, int, tuple[int, int]]]:
-    """Return (first layer, last layer, bits) of layers in a row with the same bits."""
-    runs: list[tuple[int, int, tuple[int, int]]] = []
-    for layer, pair in enumerate(bits):
-        if runs and runs[-1][2] == pair:
-            runs[-1] = runs[-1][0], layer, pair
-        else:
-            runs.append((layer, layer, pair))
-    return runs

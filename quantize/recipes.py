@@ -114,6 +114,22 @@ def format_of(bits: float | None, target: str) -> str:
     return name
 
 
+def check_size(size: Any, fit: Any, context: int | None, *, free: bool) -> None:
+    """Raise InputError for --size, --fit and --context that do not go together, or not with what they choose.
+
+    `free`: nothing else says the format or the form of attention, embedding and head.
+    """
+    for option, value in (("--size", size), ("--fit", fit)):
+        if value is not None and not free:
+            raise InputError(
+                f"{option} chooses bits and the form of the rest; leave --bits, --format and --dense out"
+            )
+    if size is not None and fit is not None:
+        raise InputError("--size is of the files, and --fit of the card that is to hold them; give one of them")
+    if context is not None and fit is None:
+        raise InputError(f"--context {context} goes with --fit: how long a conversation the card is to hold")
+
+
 def check_recipe(method: str, recipe: Recipe, target: str) -> None:
     """Raise InputError for a scale rule or a method that a format does not have."""
     rules = FORMATS[target].rules

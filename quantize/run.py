@@ -117,7 +117,7 @@ def _choose(
         before = chosen_before(job.dest) if job.resume else None
         if before is not None and before.get("size") == size:
             return before
-        room(source, size, group, forms)
+        dense, units = room(source, size, group, forms)
         if tokens is None:
             raise InputError(f"--size needs a method that looks at calibration text; {job.method} does not, use gptq")
         if not job.resume:
@@ -125,7 +125,7 @@ def _choose(
         started = time.perf_counter()
         losses = measured(source, tokens, group, job.products, on_layer)
         seconds = round(time.perf_counter() - started, 2)
-        return choose(source, losses, size, group, forms).record(size) | {"seconds": seconds}
+        return choose(source, losses, group, dense, units).record(size) | {"seconds": seconds}
 
     return with_choice(job, from_first(ranks, choose_here))
 

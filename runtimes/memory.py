@@ -11,7 +11,7 @@ from typing import Any
 
 from gptoss_quantize.config import ModelConfig
 from gptoss_quantize.errors import InputError
-from gptoss_quantize.kernels import int8
+from gptoss_quantize.layouts import misfit
 from gptoss_quantize.sizes import dense_total, expert_bytes
 from gptoss_quantize.units import GIB, gib
 
@@ -89,17 +89,12 @@ def fewer_bits(
     have that; 0 tokens where nothing fits.
     """
     rows: list[dict[str, Any]] = []
-    dense = dense_total(config, "int8" if config.hidden % int8.GROUP_SIZE == 0 else "source", dense_dtype)
+    dense = dense_total(config, "source" if misfit(config, "int8") else "int8", dense_dtype)
+    limit = int(memory * OURS.utilization)
     for bits in BITS:
-        weights = dense + expert_bytes(config, group_size, bits=bits)
-        rest = int(memory * OURS.utilization) - OURS.overhead - weights
-        low, high = 0, config.max_positions
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits_in = sum(kv_bytes(config, middle, OURS).values()) <= rest
-            low, high = (middle, high) if fits_in else (low, middle - 1)
-        stored = bits + 16 / group_size
-        rows.append({"bits": bits, "bits_per_weight": stored, "bytes": weights, "context": low if rest > 0 else 0})
+        row = {"bits": bits, "bits_per_weight": bits + 16 / group_size}
+        row["bytes"] = dense + expert_bytes(config, group_size, bits=bits)
+        rows.append(row | {"context": longest_context(config, group_size, dense, limit, OURS, bits)})
     return rows
 
 
@@ -128,15 +123,24 @@ def kv_bytes(config: ModelConfig, context: int, runtime: Runtime, value_bytes: i
 
 
 def card(
-    config: ModelConfig, group_size: int, dense_bytes: int, context: int, runtime: Runtime, value_bytes: int = 2
+    config: ModelConfig,
+    group_size: int,
+    dense_bytes: int,
+    context: int,
+    runtime: Runtime,
+    value_bytes: int = 2,
+    bits: float = 4,
 ) -> dict[str, int]:
-    """Return what a runtime needs for one sequence of `context` tokens, by part; `total` is the sum."""
+    """Return what a runtime needs for one sequence of `context` tokens, by part; `total` is the sum.
+
+    `bits` are those of a code, on average.
+    """
     stored_group = runtime.group_size or group_size
-    plain = expert_bytes(config, stored_group)
+    plain = expert_bytes(config, stored_group, bits=bits)
     cache = kv_bytes(config, context, runtime, value_bytes)
     parts = {
         "experts": plain,
-        "padding": expert_bytes(config, stored_group, runtime.pad_rows, runtime.pad_columns) - plain,
+        "padding": expert_bytes(config, stored_group, runtime.pad_rows, runtime.pad_columns, bits) - plain,
         "other weights": dense_bytes,
         "KV cache, full layers": cache["full"],
         "KV cache, windowed layers": cache["sliding"],
@@ -145,12 +149,14 @@ def card(
     return parts | {"total": sum(parts.values())}
 
 
-def longest_context(config: ModelConfig, group_size: int, dense_bytes: int, room: int, runtime: Runtime) -> int:
+def longest_context(
+    config: ModelConfig, group_size: int, dense_bytes: int, room: int, runtime: Runtime, bits: float = 4
+) -> int:
     """Return the longest context, in whole cache blocks, whose total stays within `room` bytes; 0 if none does."""
     low, high = 0, _up(config.max_positions, runtime.cache_block) // runtime.cache_block
     while low < high:
         middle = (low + high + 1) // 2
-        need = card(config, group_size, dense_bytes, middle * runtime.cache_block, runtime)["total"]
+        need = card(config, group_size, dense_bytes, middle * runtime.cache_block, runtime, bits=bits)["total"]
         low, high = (middle, high) if need <= room else (low, middle - 1)
     return min(low * runtime.cache_block, config.max_positions)
 
