@@ -156,10 +156,10 @@ def chosen_words(record: dict[str, Any]) -> str:
         last = layer + len(list(run)) - 1
         listed.append((f"{layer}-{last}" if layer < last else f"{layer}") + f" {wide}/{narrow}")
         layer = last + 1
-    uniform = record["expected_loss_uniform"].items()
-    against = ", ".join(f"{loss / record['expected_loss']:.2f} with {name} bits" for name, loss in uniform)
+    uniform, expected = record["expected_loss_uniform"].items(), record["expected_loss"]
+    against = ", ".join(f"{loss / expected:.2f} with {name} bits" for name, loss in uniform) if expected else ""
     return (
         f"chosen for {gib(record['size'])}: {gib(record['expected_bytes'])}, codes of {mean:.2f} bits on average, "
         f"{names}\n  layers, bits of gate_up/down: {'; '.join(listed)}\n"
-        f"  expected loss 1; everywhere the same: {against}"
+        + (f"  expected loss 1; everywhere the same: {against}" if against else "  nothing is expected to be lost")
     )

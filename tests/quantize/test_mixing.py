@@ -318,3 +318,21 @@ def test_fit_leaves_what_the_card_needs_beside_the_weights(gib, context):
         memory.size_to_fit(config, 64 * GIB, 200_000)
     with pytest.raises(InputError, match="nothing is left for weights"):
         memory.size_to_fit(config, 2 * GIB, 131072)
+
+
+def test_words_of_a_choice():
+    record = {
+        "size": GIB,
+        "bits": [[4, 4], [4, 4], [3, 2]],
+        "dense": "int8",
+        "expected_bytes": GIB // 2,
+        "expected_loss": 0.5,
+        "expected_loss_uniform": {"2": 2.0, "4": 0.25},
+    }
+    assert mixing.chosen_words(record).splitlines() == [
+        "chosen for 1.00 GiB: 0.50 GiB, codes of 3.56 bits on average, attention, embedding and head in 8 bits",
+        "  layers, bits of gate_up/down: 0-1 4/4; 2 3/2",
+        "  expected loss 1; everywhere the same: 4.00 with 2 bits, 0.50 with 4 bits",
+    ]
+    record |= {"expected_loss": 0.0, "expected_loss_uniform": {"2": 0.0}}
+    assert mixing.chosen_words(record).splitlines()[-1] == "  nothing is expected to be lost"
