@@ -61,7 +61,7 @@ def launches(config: Config, dtype: str, group: int, bits: int) -> list[tuple[An
     """Return (kernel, constants, tile, dtype of activations) of a configuration."""
     sizes = {"D": HIDDEN, "F": HIDDEN, "K": CHOICES, "GROUP": group, "BITS": bits}
     if config.path == "pairs":
-        sizes |= {"E": EXPERTS, "BLOCK_W": config.words}
+        sizes |= {"E": EXPERTS, "BLOCK_W": config.words, "BLOCK_K": triton.next_power_of_2(CHOICES)}
         kernels, act = (triton_kernels.gate_up_pairs, triton_kernels.down_pairs), "fp32"
     else:
         sizes |= {
@@ -71,8 +71,11 @@ def launches(config: Config, dtype: str, group: int, bits: int) -> list[tuple[An
             "BLOCK_M": config.block_m,
         }
         kernels, act = (triton_kernels.gate_up_blocks, triton_kernels.down_blocks), SHORT[dtype]
-    tiles = (config.gate_up, config.down)
-    return [(kernel, sizes | {"ROWS": tile.rows}, tile, act) for kernel, tile in zip(kernels, tiles, strict=True)]
+    found = []
+    for kernel, tile in zip(kernels, (config.gate_up, config.down), strict=True):
+        given = sizes | {"ROWS": tile.rows}
+        found.append((kernel, {name: given[name] for name in given if name in kernel.arg_names}, tile, act))
+    return found
 
 
 def cuda_facts(compiled: Any, log: str) -> dict[str, int]:

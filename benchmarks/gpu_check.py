@@ -1,6 +1,6 @@
 """The Triton experts on a real card: errors against float64, the same bits every time, CUDA graphs, time.
 
-Usage: gpu_check.py [--json FILE] [--sweep SECONDS] [--small]      FILE: default $OUT/gpu.json, else gpu.json
+Usage: gpu_check.py [--json FILE] [--sweep SECONDS] [--only PART ...] [--small]    FILE: $OUT/gpu.json, else gpu.json
 
 Runs from a checkout with torch and triton alone: nothing needs to be installed. Sizes are gpt-oss-20b's layer (hidden
 and intermediate 2880, 32 experts, top-4), weights random. --small: a tiny layer and few tokens, to try the script
@@ -42,14 +42,17 @@ import triton  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
 from gptoss_quantize.kernels import experts_triton as et  # noqa: E402
-from gptoss_quantize.kernels import int4  # noqa: E402
+from gptoss_quantize.kernels import int4, planes  # noqa: E402
 from gptoss_quantize.kernels.experts import PackedExperts, experts_torch  # noqa: E402
 
 CLAMP = (7.0, 1.702)
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def layer(sizes: tuple[int, int, int], group: int) -> tuple[torch.Tensor, ...]:
+Bits = tuple[int, int]
+
+
+def layer(sizes: tuple[int, int, int], group: int, bits: Bits = (4, 4)) -> tuple[torch.Tensor, ...]:
     """Return random packed experts (E, D, F) on the card: the clamps bind, scales have both signs."""
     (experts, hidden, inner), made = sizes, []
     generator = torch.Generator("cuda").manual_seed(0)
@@ -57,10 +60,11 @@ def layer(sizes: tuple[int, int, int], group: int) -> tuple[torch.Tensor, ...]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device="cuda")
 
-    for rows, columns in ((2 * inner, hidden), (hidden, inner)):
-        words = (experts, rows, columns // 8)
+    for rows, columns, width in ((2 * inner, hidden, bits[0]), (hidden, inner, bits[1])):
+        words = (experts, rows, planes.words(columns, width))
         made.append(torch.randint(-(2**31), 2**31, words, generator=generator, device="cuda", dtype=torch.int32))
-        made.append(int4.round_scale(draw(experts, rows, columns // group) * columns**-0.5).bfloat16())
+        size = 2.0 ** (4 - width) * columns**-0.5
+        made.append(int4.round_scale(draw(experts, rows, columns // group) * size).bfloat16())
         made.append(draw(experts, rows).bfloat16())
     return tuple(made)
 
@@ -100,14 +104,16 @@ def captured(call: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, to
     return graph, out
 
 
-def check(name: str, inputs: Inputs, weights: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> dict[str, Any]:
+def check(
+    name: str, inputs: Inputs, weights: tuple[torch.Tensor, ...], wanted: torch.Tensor, bits: Bits
+) -> dict[str, Any]:
     """Return the error of a configuration, whether three runs agree in every bit, and a graph with other inputs."""
     config = et.table()[name]
-    runs = [et.run(config, *inputs, weights, CLAMP) for _ in range(3)]
+    runs = [et.run(config, *inputs, weights, CLAMP, bits) for _ in range(3)]
     held = tuple(tensor.clone() for tensor in inputs)
     held[0].zero_()
     held[1].copy_(held[1].flip(0))
-    graph, out = captured(lambda: et.run(config, *held, weights, CLAMP))  # type: ignore[arg-type]
+    graph, out = captured(lambda: et.run(config, *held, weights, CLAMP, bits))  # type: ignore[arg-type]
     for mine, theirs in zip(held, inputs, strict=True):
         mine.copy_(theirs)
     out.fill_(float("nan"))
@@ -122,11 +128,13 @@ def check(name: str, inputs: Inputs, weights: tuple[torch.Tensor, ...], wanted: 
 
 
 def correctness(sizes: tuple[int, int, int], choices: int, counts: list[int]) -> list[dict[str, Any]]:
-    """Return a row per group, dtype, number of tokens and configuration."""
+    """Return a row per group, bits, dtype, number of tokens and configuration."""
     rows = []
-    for group, dtype in itertools.product((64, 32), (torch.bfloat16, torch.float16, torch.float32)):
-        weights = layer(sizes, group)
-        for tokens in counts if dtype == torch.bfloat16 else [t for t in counts if t in (1, 4, 64)]:
+    cases = [*itertools.product((64, 32), ((4, 4),), (torch.bfloat16, torch.float16, torch.float32))]
+    cases += itertools.product((64, 32), ((3, 3), (2, 2), (3, 4)), (torch.bfloat16,))
+    for group, bits, dtype in cases:
+        weights, usual = layer(sizes, group, bits), dtype == torch.bfloat16 and bits == (4, 4)
+        for tokens in counts if usual else [t for t in counts if t in (1, 4, 64, 512)]:
             inputs = routed(tokens, choices, sizes, dtype)
             packed = PackedExperts(*weights)
             wanted = experts_torch(inputs[0].double(), inputs[1], inputs[2].double(), packed, *CLAMP)
@@ -134,8 +142,15 @@ def correctness(sizes: tuple[int, int, int], choices: int, counts: list[int]) ->
             for name, config in et.table().items():
                 if not fits(config, tokens, dtype):
                     continue
-                row = {"group": group, "dtype": str(dtype)[6:], "tokens": tokens, "config": name, "plain": plain}
-                row |= check(name, inputs, weights, wanted)
+                row = {
+                    "group": group,
+                    "bits": bits,
+                    "dtype": str(dtype)[6:],
+                    "tokens": tokens,
+                    "config": name,
+                    "plain": plain,
+                }
+                row |= check(name, inputs, weights, wanted, bits)
                 row["ok"] = row["same bits"] and row["graph same bits"] and row["error"] <= 2 * plain
                 rows.append(row)
                 print({key: f"{value:.2e}" if isinstance(value, float) else value for key, value in row.items()})
@@ -145,10 +160,12 @@ def correctness(sizes: tuple[int, int, int], choices: int, counts: list[int]) ->
 def dense(weights: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Return bfloat16 (w13 [E, 2F, D], b13, w2 [E, D, F], b2)."""
 
-    def unpacked(words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return torch.stack([int4.weights(w, s, torch.bfloat16) for w, s in zip(words, scale, strict=True)])
+    bits = PackedExperts(*weights).bits
 
-    return unpacked(*weights[:2]), weights[2], unpacked(*weights[3:5]), weights[5]
+    def unpacked(words: torch.Tensor, scale: torch.Tensor, width: int) -> torch.Tensor:
+        return torch.stack([planes.weights(w, s, width, torch.bfloat16) for w, s in zip(words, scale, strict=True)])
+
+    return unpacked(*weights[:2], bits[0]), weights[2], unpacked(*weights[3:5], bits[1]), weights[5]
 
 
 def _activated(pre: torch.Tensor) -> torch.Tensor:
@@ -201,7 +218,7 @@ def bench(call: Callable[[], torch.Tensor], graph: bool = True, rep: int = 100) 
 
 def timing(sizes: tuple[int, int, int], choices: int, counts: list[int]) -> list[dict[str, Any]]:
     """Return a row per number of tokens: ours, the plain paths, and the rate of reading the experts hit."""
-    weights = layer(sizes, 64)
+    weights, small = layer(sizes, 64), {width: layer(sizes, 64, (width, width)) for width in (3, 2)}
     full, rows = dense(weights), []
     expert_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in weights)
     for tokens in counts:
@@ -229,6 +246,9 @@ def timing(sizes: tuple[int, int, int], choices: int, counts: list[int]) -> list
         for name, config in et.table().items():
             if fits(config, tokens, torch.bfloat16):
                 row[f"{name} ms"] = bench(lambda: et.run(config, *inputs, weights, CLAMP), rep=50)  # noqa: B023
+        for width in (3, 2):
+            fewer, bits = small[width], (width, width)
+            row[f"{width} bits ms"] = bench(lambda: et.experts_triton(*inputs, *fewer, *CLAMP, *bits))  # noqa: B023
         rows.append(row)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
     return rows
@@ -237,13 +257,13 @@ def timing(sizes: tuple[int, int, int], choices: int, counts: list[int]) -> list
 def candidates(tokens: int) -> Iterator[tuple[et.Config, list[et.Tile]]]:
     """Yield (path and sizes, tiles to try for either kernel) for a number of tokens."""
     tile = et.Tile
-    if tokens <= 4:
-        for words in (128, 64, 256):
+    if tokens <= 8:
+        for words in (128, 64):
             yield (
-                et.Config("pairs", tile(8, 4), tile(8, 4), words=words),
-                [tile(rows, warps) for rows in (4, 8, 16) for warps in (1, 2, 4)],
+                et.Config("pairs", tile(4, 4), tile(4, 4), words=words),
+                [tile(rows, warps) for rows, warps in ((4, 4), (8, 4), (4, 2), (2, 2), (8, 8), (2, 4))],
             )
-    if tokens <= 16:
+    if 2 < tokens <= 16:
         yield (
             replace(et.table()["direct-16"]),
             [tile(rows, warps, stages) for rows in (16, 32, 64) for warps in (2, 4) for stages in (3, 5)],
@@ -253,7 +273,7 @@ def candidates(tokens: int) -> Iterator[tuple[et.Config, list[et.Tile]]]:
             for first in (False, True):
                 yield (
                     et.Config("sorted", tile(64, 4, 3), tile(64, 4, 3), block_m=block_m, scale_first=first),
-                    [tile(rows, warps, stages) for rows in (32, 64, 128) for warps in (4, 8) for stages in (3, 4)],
+                    [tile(rows, 8 if rows > 32 else 4, stages) for rows in (32, 64, 128) for stages in (3, 4)],
                 )
 
 
@@ -297,6 +317,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path(os.environ.get("OUT", "."), "gpu.json"))
     parser.add_argument("--sweep", type=float, default=0.0, metavar="SECONDS")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="correctness, copy, timing, sweep")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     if why := et.problem():
@@ -318,15 +339,16 @@ def main() -> int:
         "timing": lambda: timing(sizes, choices, [*counts[:1], 2, *counts[1:3], 16, *counts[3:]]),
     }
     if args.sweep:
-        parts["sweep"] = lambda: sweep(sizes, choices, [1, 2, 4, 8, *counts[3:]], args.sweep)
+        parts["sweep"] = lambda: sweep(sizes, choices, [1, 4, 4096, 512, 8, 64][: 2 if args.small else 6], args.sweep)
     for name, part in parts.items():
+        if args.only and name.split()[0] not in args.only:
+            continue
         record[name] = part()
         record[f"{name} seconds"] = round(time.monotonic() - start, 1)
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    wrong = [row for row in record["correctness"] if not row["ok"]]
-    print(
-        f"{record['card']}: copy {record['copy GB/s']:.0f} GB/s; {len(record['correctness'])} checks, wrong: {wrong}"
-    )
+    checks = record.get("correctness", [])
+    wrong = [row for row in checks if not row["ok"]]
+    print(f"{record['card']}: copy {record.get('copy GB/s', 0):.0f} GB/s; {len(checks)} checks, wrong: {wrong}")
     return 1 if wrong else 0
 
 

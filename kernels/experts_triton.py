@@ -58,7 +58,7 @@ class Config:
 
 # The fixed tables, see `choose`. All of them are compiled ahead of time for seven architectures by `make aot`.
 CONFIGS = {
-    "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=64),
+    "pairs": Config("pairs", Tile(4, 4), Tile(4, 4), words=128),
     "direct-16": Config("direct", Tile(32, 4, 4), Tile(32, 4, 4), block_m=16),
     "sorted-16": Config("sorted", Tile(32, 4, 4), Tile(64, 4, 4), block_m=16),
     "sorted-64": Config("sorted", Tile(32, 4, 3), Tile(64, 4, 3), block_m=64),
@@ -68,7 +68,7 @@ CONFIGS = {
 }
 # AMD: a second stage would be held in registers, which spill
 CONFIGS_AMD = {
-    "pairs": Config("pairs", Tile(8, 4), Tile(8, 4), words=64),
+    "pairs": Config("pairs", Tile(4, 4), Tile(4, 4), words=128),
     "direct-16": Config("direct", Tile(32, 2), Tile(32, 2), block_m=16),
     "sorted-16": Config("sorted", Tile(32, 2), Tile(32, 2), block_m=16),
     "sorted-64": Config("sorted", Tile(32, 4), Tile(32, 4), block_m=64),
@@ -228,8 +228,9 @@ def _pairs(
     )
     grid = (tokens, triton.cdiv(sizes["D"], config.down.rows))
     triton_kernels.down_pairs[grid](
-        act_NF, index_TK, prob_TK, *weights[3:], out_TD, **shared, BITS=bits[1], **_options(config.down)
-    )
+        act_NF, index_TK, prob_TK, *weights[3:], out_TD, **shared, BITS=bits[1], **_options(config.down),
+        BLOCK_K=triton.next_power_of_2(choices),
+    )  # fmt: skip
 
 
 def _blocks(

@@ -27,40 +27,36 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 
 @triton.jit
-def _words(ptr, row, word, COLUMNS: tl.constexpr, BITS: tl.constexpr, mask=None):
-    """Return int32 words [R, W] with the codes of columns 8w..8w+7 of rows [R], for word numbers w [W].
+def _words(at, word, COLUMNS: tl.constexpr, BITS: tl.constexpr, mask=None):
+    """Return int32 words [..., W] with the codes of columns 8w..8w+7, for the starts of rows at [..., 1] and w [W].
 
     4 bits: as stored. Planes: bits 0-7 from plane 0, 8-15 from plane 1, 16-23 from plane 2.
     """
     other = None if mask is None else 0
-    at = row[:, None] * (COLUMNS * BITS // 32)
     if BITS == 4:
-        return tl.load(ptr + at + word[None, :], mask=mask, other=other)
-    at += (word // 4)[None, :]
-    shift = (word % 4 * 8)[None, :]
-    found = (tl.load(ptr + at, mask=mask, other=other) >> shift) & 255
-    found |= ((tl.load(ptr + at + COLUMNS // 32, mask=mask, other=other) >> shift) & 255) << 8
+        return tl.load(at + word, mask=mask, other=other)
+    at += word // 4
+    shift = word % 4 * 8
+    found = (tl.load(at, mask=mask, other=other) >> shift) & 255
+    found |= ((tl.load(at + COLUMNS // 32, mask=mask, other=other) >> shift) & 255) << 8
     if BITS == 3:
-        found |= ((tl.load(ptr + at + COLUMNS // 16, mask=mask, other=other) >> shift) & 255) << 16
+        found |= ((tl.load(at + COLUMNS // 16, mask=mask, other=other) >> shift) & 255) << 16
     return found
 
 
 @triton.jit
-def _codes(word, BITS: tl.constexpr):
-    """Return float32 codes [..., 8] of int32 words [...] of `_words`, without an integer conversion.
+def _code(word, column, BITS: tl.constexpr):
+    """Return the float32 codes of a column 0..7 of int32 words of `_words`, without an integer conversion.
 
-    A code ORed into the mantissa of 2^23 is the float 2^23 + code.
+    A code ORed into the mantissa of 2^23 is the float 2^23 + code. `word` and `column` broadcast.
     """
-    column = tl.arange(0, 8)
-    spread = tl.expand_dims(word, 2)
     if BITS == 4:
-        code = (spread >> (column * 4)[None, None, :]) & 15
+        code = (word >> (column * 4)) & 15
     else:
         # within a plane's byte columns 0, 1, 4 and 5 (plane 1: 2, 3, 6 and 7) have two bits each
-        shift = column % 2 * 2 + column // 4 * 4 + column // 2 % 2 * 8
-        code = (spread >> shift[None, None, :]) & 3
+        code = (word >> (column % 2 * 2 + column // 4 * 4 + column // 2 % 2 * 8)) & 3
         if BITS == 3:
-            code |= ((spread >> (column + 16)[None, None, :]) & 1) << 2
+            code |= ((word >> (column + 16)) & 1) << 2
     offset: tl.constexpr = 8388608.0 + (1 << (BITS - 1))
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - offset
 
@@ -74,19 +70,28 @@ def _activate(gate, up, limit, alpha):
 
 
 @triton.jit
-def _gemv(acc, word_ptr, scale_ptr, row, x, word, inside, W: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Return acc [R, BLOCK_W] plus the products of rows [R] with x [BLOCK_W, 8] at the words given."""
-    packed = _words(word_ptr, row, word, W * 8, BITS, inside[None, :])
-    at = row[:, None] * (W * 8 // GROUP) + (word // (GROUP // 8))[None, :]
-    scale = tl.load(scale_ptr + at, mask=inside[None, :], other=0.0).to(tl.float32)
-    return acc + tl.sum(_codes(packed, BITS) * x[None, :, :], axis=2) * scale
+def _by_column(x):
+    """Return the 8 tensors [A, W] of columns 0..7 of words, for values [A, 8 W]."""
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 2, 2))
+    even, odd = tl.split(x)
+    even_low, even_high = tl.split(even)
+    odd_low, odd_high = tl.split(odd)
+    x0, x4 = tl.split(even_low)
+    x2, x6 = tl.split(even_high)
+    x1, x5 = tl.split(odd_low)
+    x3, x7 = tl.split(odd_high)
+    return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def _words_of(x_ptr, word, inside):
-    """Return float32 values [BLOCK_W, 8] of a vector at the words given, 0 outside."""
-    at = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-    return tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+def _gemv(acc, at, scale_at, x, word, inside, W: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Return acc [R, A, BLOCK_W] plus the products of rows at [R, A, 1] with x (`_by_column`) at the words given."""
+    packed = _words(at, word, W * 8, BITS, inside)
+    scale = tl.load(scale_at + word // (GROUP // 8), mask=inside, other=0.0).to(tl.float32)
+    part = _code(packed, 0, BITS) * x[0][None, :, :]
+    for column in tl.static_range(1, 8):
+        part += _code(packed, column, BITS) * x[column][None, :, :]
+    return acc + part * scale
 
 
 @triton.jit
@@ -115,21 +120,23 @@ def gate_up_pairs(
         return
     feature = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = 2 * tl.minimum(feature, F - 1)
-    word_ptr += expert * (2 * F * D * BITS // 32)
-    scale_ptr += expert * (2 * F * D // GROUP)
+    at = word_ptr + expert * (2 * F * D * BITS // 32) + (row * (D * BITS // 32))[:, None, None]
+    scale_at = scale_ptr + expert * (2 * F * D // GROUP) + (row * (D // GROUP))[:, None, None]
     bias_ptr += expert * (2 * F)
-    gate = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
-    up = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
+    gate = tl.zeros((ROWS, 1, BLOCK_W), dtype=tl.float32)
+    up = tl.zeros((ROWS, 1, BLOCK_W), dtype=tl.float32)
     W: tl.constexpr = D // 8
     for start in tl.static_range(0, W, BLOCK_W):
-        word = start + tl.arange(0, BLOCK_W)
-        inside = word < W
-        x = _words_of(x_ptr + pair // K * D, word, inside)
-        gate = _gemv(gate, word_ptr, scale_ptr, row, x, word, inside, W, GROUP, BITS)
-        up = _gemv(up, word_ptr, scale_ptr, row + 1, x, word, inside, W, GROUP, BITS)
-    gate_R = tl.sum(gate, axis=1) + tl.load(bias_ptr + row).to(tl.float32)
-    up_R = tl.sum(up, axis=1) + tl.load(bias_ptr + row + 1).to(tl.float32)
-    tl.store(act_ptr + pair * F + feature, _activate(gate_R, up_R, limit, alpha), mask=feature < F)
+        word = (start + tl.arange(0, BLOCK_W))[None, None, :]
+        column = (start * 8 + tl.arange(0, BLOCK_W * 8))[None, :]
+        x = _by_column(tl.load(x_ptr + pair // K * D + column, mask=column < D, other=0.0).to(tl.float32))
+        gate = _gemv(gate, at, scale_at, x, word, word < W, W, GROUP, BITS)
+        up = _gemv(up, at + D * BITS // 32, scale_at + D // GROUP, x, word, word < W, W, GROUP, BITS)
+    bias_at = (bias_ptr + row)[:, None]
+    gate_R1 = tl.sum(gate, axis=2) + tl.load(bias_at).to(tl.float32)
+    up_R1 = tl.sum(up, axis=2) + tl.load(bias_at + 1).to(tl.float32)
+    out_at = (act_ptr + pair * F + feature)[:, None]
+    tl.store(out_at, _activate(gate_R1, up_R1, limit, alpha), mask=(feature < F)[:, None])
 
 
 @triton.jit
@@ -149,28 +156,32 @@ def down_pairs(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Write ROWS columns of one token, its choices added in their order; grid (T, cdiv(D, ROWS))."""
+    """Write ROWS columns of one token, all its choices at once; grid (T, cdiv(D, ROWS)). BLOCK_K: K or more."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(column, D - 1)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
+    choice = tl.arange(0, BLOCK_K)
+    pair = token * K + choice
+    expert = tl.load(index_ptr + pair, mask=choice < K, other=-1).to(tl.int64)
+    valid = (expert >= 0) & (expert < E)
+    expert = tl.where(valid, expert, 0)
+    at = word_ptr + (expert * (D * F * BITS // 32))[None, :, None] + (row * (F * BITS // 32))[:, None, None]
+    scale_at = scale_ptr + (expert * (D * F // GROUP))[None, :, None] + (row * (F // GROUP))[:, None, None]
+    acc = tl.zeros((ROWS, BLOCK_K, BLOCK_W), dtype=tl.float32)
     W: tl.constexpr = F // 8
-    for choice in range(K):
-        pair = token * K + choice
-        expert = tl.load(index_ptr + pair).to(tl.int64)
-        if (expert >= 0) & (expert < E):
-            words = word_ptr + expert * (D * F * BITS // 32)
-            scales = scale_ptr + expert * (D * F // GROUP)
-            acc = tl.zeros((ROWS, BLOCK_W), dtype=tl.float32)
-            for start in tl.static_range(0, W, BLOCK_W):
-                word = start + tl.arange(0, BLOCK_W)
-                inside = word < W
-                act = _words_of(act_ptr + pair * F, word, inside)
-                acc = _gemv(acc, words, scales, row, act, word, inside, W, GROUP, BITS)
-            y = tl.sum(acc, axis=1) + tl.load(bias_ptr + expert * D + row).to(tl.float32)
-            total += y * tl.load(prob_ptr + pair).to(tl.float32)
-    tl.store(out_ptr + token * D + column, total.to(out_ptr.dtype.element_ty), mask=column < D)
+    for start in range(0, W, BLOCK_W):
+        word = (start + tl.arange(0, BLOCK_W))[None, None, :]
+        feature = (start * 8 + tl.arange(0, BLOCK_W * 8))[None, :]
+        inside = valid[:, None] & (feature < F)
+        act = _by_column(tl.load(act_ptr + (pair * F)[:, None] + feature, mask=inside, other=0.0))
+        acc = _gemv(acc, at, scale_at, act, word, valid[None, :, None] & (word < W), W, GROUP, BITS)
+    bias = tl.load(bias_ptr + (expert * D)[None, :] + row[:, None]).to(tl.float32)
+    prob = tl.load(prob_ptr + pair, mask=valid, other=0.0).to(tl.float32)
+    # a choice that is none adds nothing, whatever its bias and weight are
+    part = tl.where(valid[None, :], (tl.sum(acc, axis=2) + bias) * prob[None, :], 0.0)
+    tl.store(out_ptr + token * D + column, tl.sum(part, axis=1).to(out_ptr.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
@@ -189,7 +200,8 @@ def _multiply(
     SCALE_FIRST: tl.constexpr,
 ):
     """Return acc [M, R] plus x [M, GROUP] times one group of R rows, the words of which are given."""
-    codes = tl.reshape(_codes(_words(word_ptr, row, word, COLUMNS, BITS), BITS), (R, GROUP))
+    packed = _words(word_ptr + (row * (COLUMNS * BITS // 32))[:, None], word[None, :], COLUMNS, BITS)
+    codes = tl.reshape(_code(packed[:, :, None], tl.arange(0, 8)[None, None, :], BITS), (R, GROUP))
     scale = tl.load(scale_ptr).to(tl.float32)
     if SCALE_FIRST:
         weight = (codes * scale[:, None]).to(COMPUTE)
