@@ -58,9 +58,9 @@ class Config:
 
 # The fixed tables, see `choose`. All of them are compiled ahead of time for seven architectures by `make aot`.
 CONFIGS = {
-    "pairs": Config("pairs", Tile(4, 4), Tile(4, 4), words=128),
-    "direct-16": Config("direct", Tile(32, 4, 4), Tile(32, 4, 4), block_m=16),
-    "sorted-16": Config("sorted", Tile(32, 4, 4), Tile(64, 4, 4), block_m=16),
+    "pairs": Config("pairs", Tile(2, 4), Tile(2, 4), words=128),
+    "direct-16": Config("direct", Tile(64, 4, 3), Tile(64, 4, 3), block_m=16),
+    "sorted-16": Config("sorted", Tile(128, 8, 3), Tile(64, 4, 3), block_m=16),
     "sorted-64": Config("sorted", Tile(32, 4, 3), Tile(64, 4, 3), block_m=64),
     "sorted-128": Config("sorted", Tile(32, 8, 3), Tile(64, 8, 3), block_m=128),
     "float32-direct": Config("direct", Tile(16, 4, 2), Tile(16, 4, 2), block_m=16),
@@ -68,7 +68,7 @@ CONFIGS = {
 }
 # AMD: a second stage would be held in registers, which spill
 CONFIGS_AMD = {
-    "pairs": Config("pairs", Tile(4, 4), Tile(4, 4), words=128),
+    "pairs": Config("pairs", Tile(2, 4), Tile(2, 4), words=128),
     "direct-16": Config("direct", Tile(32, 2), Tile(32, 2), block_m=16),
     "sorted-16": Config("sorted", Tile(32, 2), Tile(32, 2), block_m=16),
     "sorted-64": Config("sorted", Tile(32, 4), Tile(32, 4), block_m=64),
@@ -83,14 +83,14 @@ def choose(tokens: int, choices: int, experts: int, dtype: torch.dtype) -> str:
 
     | tokens               | pairs per expert, T K / E | configuration             |
     |----------------------|---------------------------|---------------------------|
-    | at most 2            | any                       | pairs                     |
-    | 3 to 16              | any                       | direct-16, float32-direct |
+    | at most 4            | any                       | pairs                     |
+    | 5 to 16              | any                       | direct-16, float32-direct |
     | more than 16         | at most 16                | sorted-16                 |
     | more than 16         | 16 to 96                  | sorted-64                 |
     | more than 16         | more than 96              | sorted-128                |
     | more than 16, float32 | any                      | float32-sorted            |
     """
-    if tokens <= 2:
+    if tokens <= 4:
         return "pairs"
     if tokens <= 16:
         return "float32-direct" if dtype == torch.float32 else "direct-16"

@@ -46,10 +46,7 @@ def _words(at, word, COLUMNS: tl.constexpr, BITS: tl.constexpr, mask=None):
 
 @triton.jit
 def _code(word, column, BITS: tl.constexpr):
-    """Return the float32 codes of a column 0..7 of int32 words of `_words`, without an integer conversion.
-
-    A code ORed into the mantissa of 2^23 is the float 2^23 + code. `word` and `column` broadcast.
-    """
+    """Return the float32 codes of columns 0..7 of int32 words of `_words`; `word` and `column` broadcast."""
     if BITS == 4:
         code = (word >> (column * 4)) & 15
     else:
@@ -57,8 +54,31 @@ def _code(word, column, BITS: tl.constexpr):
         code = (word >> (column % 2 * 2 + column // 4 * 4 + column // 2 % 2 * 8)) & 3
         if BITS == 3:
             code |= ((word >> (column + 16)) & 1) << 2
+    return _signed(code, BITS)
+
+
+@triton.jit
+def _signed(code, BITS: tl.constexpr):
+    """Return the float32 of stored codes, which have no sign: ORed into the mantissa of 2^23, the float 2^23 + code."""
     offset: tl.constexpr = 8388608.0 + (1 << (BITS - 1))
     return (code | 0x4B000000).to(tl.float32, bitcast=True) - offset
+
+
+@triton.jit
+def _group_codes(at, group, COLUMNS: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Return the float32 codes [R, GROUP] of one group of columns, for the starts of rows at [R, 1]."""
+    if BITS == 4:
+        words = _words(at, (group * (GROUP // 8) + tl.arange(0, GROUP // 8))[None, :], COLUMNS, BITS)
+        code = _code(words[:, :, None], tl.arange(0, 8)[None, None, :], BITS)
+    else:
+        at += (group * (GROUP // 32) + tl.arange(0, GROUP // 32))[None, :]
+        column = tl.arange(0, 32)[None, None, :]
+        low, high = tl.load(at)[:, :, None], tl.load(at + COLUMNS // 32)[:, :, None]
+        stored = (tl.where(column // 2 % 2 == 0, low, high) >> (column // 4 * 4 + column % 2 * 2)) & 3
+        if BITS == 3:
+            stored |= ((tl.load(at + COLUMNS // 16)[:, :, None] >> column) & 1) << 2
+        code = _signed(stored, BITS)
+    return tl.reshape(code, (R, GROUP))
 
 
 @triton.jit
@@ -190,7 +210,7 @@ def _multiply(
     x,
     word_ptr,
     row,
-    word,
+    group,
     scale_ptr,
     COLUMNS: tl.constexpr,
     R: tl.constexpr,
@@ -199,9 +219,9 @@ def _multiply(
     COMPUTE: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
 ):
-    """Return acc [M, R] plus x [M, GROUP] times one group of R rows, the words of which are given."""
-    packed = _words(word_ptr + (row * (COLUMNS * BITS // 32))[:, None], word[None, :], COLUMNS, BITS)
-    codes = tl.reshape(_code(packed[:, :, None], tl.arange(0, 8)[None, None, :], BITS), (R, GROUP))
+    """Return acc [M, R] plus x [M, GROUP] times one group of R rows."""
+    at = word_ptr + (row * (COLUMNS * BITS // 32))[:, None]
+    codes = _group_codes(at, group, COLUMNS, R, GROUP, BITS)
     scale = tl.load(scale_ptr).to(tl.float32)
     if SCALE_FIRST:
         weight = (codes * scale[:, None]).to(COMPUTE)
@@ -290,10 +310,10 @@ def gate_up_blocks(
     up = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     for group in range(D // GROUP):
         x = tl.load(x_ptr + group * GROUP + x_at).to(COMPUTE)
-        word, scale = group * (GROUP // 8) + tl.arange(0, GROUP // 8), scale_ptr + group + scale_at
-        gate = _multiply(gate, x, word_ptr, row, word, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        scale = scale_ptr + group + scale_at
+        gate = _multiply(gate, x, word_ptr, row, group, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
         scale += D // GROUP
-        up = _multiply(up, x, word_ptr, row + 1, word, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        up = _multiply(up, x, word_ptr, row + 1, group, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
     gate += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     up += tl.load(bias_ptr + row + 1).to(tl.float32)[None, :]
     _store(act_ptr, _activate(gate, up, limit, alpha), pair, mine, feature, F, index_ptr, expert, K, SORTED)
@@ -335,8 +355,8 @@ def down_blocks(
     acc = tl.zeros((BLOCK_M, ROWS), dtype=tl.float32)
     for group in range(F // GROUP):
         act = tl.load(act_ptr + group * GROUP + act_at).to(COMPUTE)
-        word, scale = group * (GROUP // 8) + tl.arange(0, GROUP // 8), scale_ptr + group + scale_at
-        acc = _multiply(acc, act, word_ptr, row, word, scale, F, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        scale = scale_ptr + group + scale_at
+        acc = _multiply(acc, act, word_ptr, row, group, scale, F, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
     acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     _store(y_ptr, acc, pair, mine, column, D, index_ptr, expert, K, SORTED)
 
