@@ -47,8 +47,7 @@ def evaluate(
         text: heldout, a .txt, .jsonl or .parquet file, or hf:NAME.
         tokens: the token budget; all of the text without it.
         adapter: a PEFT LoRA adapter of the baseline, a directory or hub name.
-        device: auto, cpu or cuda: of all layers and the head; files are read and unpacked on the processor. Never run
-            on a card, only by source.
+        device: auto, cpu or cuda: of all layers and the head; files are read and unpacked on the processor.
         model_card: put the numbers into the candidates' README.md.
         seq_len, column, chat_template, revision, dtype, progress: as for `quantize`.
     """
@@ -125,7 +124,7 @@ def compare(
         examples: example prompts, 0 to 3.
         adapter: a PEFT LoRA adapter of the baseline, a directory or hub name.
         device: auto, cpu or cuda: of texts, experts and tasks of choices. On the processor remain the reading and
-            unpacking of files, example answers, and tasks that generate text. Never run on a card, only by source.
+            unpacking of files, example answers, and tasks that generate text. On a card only texts were run.
         model_card: put each candidate's numbers into its own README.md too.
         command: what the report says it was made by.
         seq_len, column, revision, dtype, progress: as for `quantize`.

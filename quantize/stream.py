@@ -2,7 +2,7 @@
 
 One thread reads and dequantizes; so two chunks are in memory at a time. For a card it puts the weights into pinned
 memory and copies them on a stream of its own, so the copy overlaps the work as well. What the thread refuses is
-raised where its chunk is asked for. The card's side has not been run yet.
+raised where its chunk is asked for.
 """
 
 from collections.abc import Callable, Iterator
