@@ -38,7 +38,7 @@ def make(dest: Path, like: str, bits: int, layers: int | None, device: str) -> N
 
     from gptoss_quantize.config import parse_config  # noqa: PLC0415
     from gptoss_quantize.demo.model import ShardWriter  # noqa: PLC0415
-    from gptoss_quantize.demo.synthetic import synthetic_config  # noqa: PLC0415
+    from gptoss_quantize.demo.synthetic import make_tokenizer, synthetic_config  # noqa: PLC0415
     from gptoss_quantize.files import write_json  # noqa: PLC0415
     from gptoss_quantize.layouts import LAYOUTS, dense_shapes, expert_shapes, quantization_config  # noqa: PLC0415
 
@@ -65,6 +65,8 @@ def make(dest: Path, like: str, bits: int, layers: int | None, device: str) -> N
         shards.add({name: values.bfloat16().cpu()})
     shards.close()
     write_json(dest / "config.json", raw)
+    text = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md")))
+    make_tokenizer(text, config.vocab).save_pretrained(dest)
 
 
 def resident() -> dict[str, float]:

@@ -16,12 +16,14 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, GptOssForCausalLM
 
+from gptoss_quantize.attention import use_float32_attention
 from gptoss_quantize.checkpoint import Checkpoint
 from gptoss_quantize.dense_int8 import put_int8_modules
 from gptoss_quantize.errors import InputError
+from gptoss_quantize.hub import resolve
 from gptoss_quantize.kernels import native
 from gptoss_quantize.kernels.experts_op import KERNELS, kernel_report
-from gptoss_quantize.kernels.linear_op import use_bf16_linear
+from gptoss_quantize.kernels.linear_op import fast_bfloat16, use_bf16_linear
 from gptoss_quantize.layouts import AS_SOURCE, LAYOUTS, dense_shapes
 from gptoss_quantize.packed_experts import PackedExpertsModule, map_experts
 from gptoss_quantize.saving import save_packed
@@ -53,16 +55,23 @@ class PackedGptOssForCausalLM(GptOssForCausalLM):
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", kernel: str = "auto"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    kernel: str = "auto",
+    revision: str | None = None,
 ) -> GptOssForCausalLM:
     """Return a model ready for `generate`, its experts packed: about 4.25 bits each in int4, 16 for the rest.
 
-    Attention, embedding and head that are stored in 8 bits stay so as well. `dtype` is that of the activations and of
-    everything else. On a CPU the experts stay in the mapped files, which must not change while the model lives; for
-    other devices they are copied. `kernel`: "auto" for the fastest (kernels.experts_op), "torch" for the definition.
+    `path` is a directory or a hub name; `revision`: a branch, tag or commit of the latter. Attention, embedding and
+    head that are stored in 8 bits stay so as well. `dtype` is that of the activations and of everything else. On a
+    CPU the experts stay in the mapped files, which must not change while the model lives; for other devices they are
+    copied. `kernel`: "auto" for the fastest (kernels.experts_op), "torch" for the definition.
     InputError for a directory that is not one of ours or not complete.
     """
-    checkpoint = Checkpoint(Path(path))
+    path = resolve(str(path), revision)
+    checkpoint = Checkpoint(path)
     if not checkpoint.layout.packed:
         raise InputError(
             f"{path}: its experts are {checkpoint.layout.name}, not int4, int3, int2 or a mixture; load it with "
@@ -97,8 +106,10 @@ def load(
         model.tie_weights()
     if dtype == torch.bfloat16 and native.available():
         use_bf16_linear(model)
+    if dtype in (torch.bfloat16, torch.float16) and torch.device(device).type == "cpu" and not fast_bfloat16():
+        use_float32_attention(model)
     model.loaded_from = checkpoint
-    if (Path(path) / "generation_config.json").exists():
+    if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval().to(device)
 
@@ -116,13 +127,15 @@ class _Auto(GptOssForCausalLM):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.bfloat16
         if dtype == "auto":
             dtype = torch.bfloat16
+        revision = kwargs.pop("revision", None)
         # AutoModel adds adapter_kwargs and some options without a value by itself
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         if ignored := sorted(given - {"config", "device_map", "adapter_kwargs"}):
             warnings.warn(
                 f"gptoss_quantize ignores {ignored} when loading {pretrained_model_name_or_path}", stacklevel=2
             )
-        return load(pretrained_model_name_or_path, dtype=dtype, device=_one_device(kwargs.get("device_map")))
+        device = _one_device(kwargs.get("device_map"))
+        return load(pretrained_model_name_or_path, dtype=dtype, device=device, revision=revision)
 
 
 def _one_device(device_map: Any) -> str:
