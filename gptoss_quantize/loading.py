@@ -6,6 +6,7 @@ has no packed experts for gpt-oss, and would fill them with random numbers and a
 checkpoints make it stop instead.
 """
 
+import functools
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GptOssConfig, GptOssForCausalLM
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from gptoss_quantize.attention import use_float32_attention
 from gptoss_quantize.checkpoint import Checkpoint
+from gptoss_quantize.decoding import is_step, share_projections, step
 from gptoss_quantize.dense_int8 import put_int8_modules
 from gptoss_quantize.errors import InputError
 from gptoss_quantize.hub import resolve
@@ -33,6 +36,20 @@ class PackedGptOssForCausalLM(GptOssForCausalLM):
     """The model that `load` returns: experts packed, everything else as in transformers."""
 
     loaded_from: Checkpoint
+
+    @functools.wraps(GptOssForCausalLM.forward)
+    def forward(  # type: ignore[override]
+        self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """Return what transformers returns; one more token of one sequence takes the short way of `decoding`."""
+        # transformers 5.24 gave the cache another name
+        name = "cache" if "cache" in kwargs else "past_key_values"
+        cache = kwargs.get(name)
+        rest = {key: value for key, value in kwargs.items() if key != name}
+        if cache is not None and is_step(self, input_ids, attention_mask, cache, rest):
+            logits = step(self, input_ids, cache, kwargs.get("position_ids"))
+            return MoeCausalLMOutputWithPast(**{"logits": logits, name: cache})
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *args: Any, **kwargs: Any
@@ -104,14 +121,21 @@ def load(
         raise InputError(f"{path}: tensors do not fit the model: missing {missing}, unknown {unexpected}")
     if not kept:
         model.tie_weights()
-    if dtype == torch.bfloat16 and native.available():
-        use_bf16_linear(model)
-    if dtype in (torch.bfloat16, torch.float16) and torch.device(device).type == "cpu" and not fast_bfloat16():
-        use_float32_attention(model)
+    if torch.device(device).type == "cpu":
+        _make_fast(model, dtype)
     model.loaded_from = checkpoint
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval().to(device)
+
+
+def _make_fast(model: PackedGptOssForCausalLM, dtype: torch.dtype) -> None:
+    """Let a model use what is faster than torch's own on this processor."""
+    if dtype == torch.bfloat16 and native.available():
+        use_bf16_linear(model)
+        share_projections(model)
+    if dtype in (torch.bfloat16, torch.float16) and not fast_bfloat16():
+        use_float32_attention(model)
 
 
 class _Auto(GptOssForCausalLM):

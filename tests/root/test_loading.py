@@ -378,7 +378,7 @@ def test_not_int4_and_not_there(tiny, tmp_path):
         lambda: gptoss_quantize.load(tiny.path("bf16")), "experts are float, not int4", "gptoss-quantize quantize"
     )
     refused(lambda: gptoss_quantize.load(tiny.path("mxfp4")), "experts are mxfp4, not int4")
-    refused(lambda: gptoss_quantize.load(tmp_path / "no"), "no", "not a directory")
+    refused(lambda: gptoss_quantize.load(tmp_path / "no"), "no", "no such directory")
 
 
 def test_unknown_kernel(quantized):
