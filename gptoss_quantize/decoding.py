@@ -84,8 +84,11 @@ def _attention(
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    """Return what a GptOssRMSNorm does, in two operations."""
-    return functional.rms_norm(x.float(), x.shape[-1:], norm.weight, norm.variance_epsilon).to(x.dtype)
+    """Return what a GptOssRMSNorm does of one token [1, 1, D]; one number is quicker in Python than in a tensor."""
+    wide = x.float()
+    flat = wide.view(-1)
+    mean = float(torch.dot(flat, flat)) / flat.numel()
+    return (wide * (mean + norm.variance_epsilon) ** -0.5 * norm.weight).to(x.dtype)
 
 
 def share_projections(model: Any) -> None:
