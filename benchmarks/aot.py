@@ -68,6 +68,7 @@ def launches(config: Config, dtype: str, group: int, bits: int) -> list[tuple[An
             "COMPUTE": triton_kernels.TYPES[getattr(torch, dtype)],
             "SORTED": config.path == "sorted",
             "SCALE_FIRST": config.scale_first and dtype == "bfloat16",
+            "WIDE": config.wide,
             "BLOCK_M": config.block_m,
         }
         kernels, act = (triton_kernels.gate_up_blocks, triton_kernels.down_blocks), SHORT[dtype]

@@ -66,14 +66,13 @@ def _signed(code, BITS: tl.constexpr):
 
 @triton.jit
 def _group_codes(
-    at, group, COLUMNS: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr
+    at, group, COLUMNS: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr
 ):
     """Return the float32 codes [R, GROUP] of one group of columns, for the starts of rows at [R, 1].
 
-    M is how many tokens they are multiplied with. Codes of planes are taken from words of 32 columns, which loads
-    less, or by `_words`, which computes less: on an H200 faster for 3 bits from 64 tokens on.
+    Codes of planes are taken from words of 32 columns (WIDE), which loads less, or by `_words`, which computes less.
     """
-    if BITS == 4 or (BITS == 3 and M >= 64):
+    if BITS == 4 or not WIDE:
         words = _words(at, (group * (GROUP // 8) + tl.arange(0, GROUP // 8))[None, :], COLUMNS, BITS)
         code = _code(words[:, :, None], tl.arange(0, 8)[None, None, :], BITS)
     else:
@@ -224,10 +223,11 @@ def _multiply(
     BITS: tl.constexpr,
     COMPUTE: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Return acc [M, R] plus x [M, GROUP] times one group of R rows."""
     at = word_ptr + (row * (COLUMNS * BITS // 32))[:, None]
-    codes = _group_codes(at, group, COLUMNS, R, GROUP, BITS, x.shape[0])
+    codes = _group_codes(at, group, COLUMNS, R, GROUP, BITS, WIDE)
     scale = tl.load(scale_ptr).to(tl.float32)
     if SCALE_FIRST:
         weight = (codes * scale[:, None]).to(COMPUTE)
@@ -298,6 +298,7 @@ def gate_up_blocks(
     COMPUTE: tl.constexpr,
     SORTED: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -317,9 +318,9 @@ def gate_up_blocks(
     for group in range(D // GROUP):
         x = tl.load(x_ptr + group * GROUP + x_at).to(COMPUTE)
         scale = scale_ptr + group + scale_at
-        gate = _multiply(gate, x, word_ptr, row, group, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        gate = _multiply(gate, x, word_ptr, row, group, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST, WIDE)
         scale += D // GROUP
-        up = _multiply(up, x, word_ptr, row + 1, group, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        up = _multiply(up, x, word_ptr, row + 1, group, scale, D, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST, WIDE)
     gate += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     up += tl.load(bias_ptr + row + 1).to(tl.float32)[None, :]
     _store(act_ptr, _activate(gate, up, limit, alpha), pair, mine, feature, F, index_ptr, expert, K, SORTED)
@@ -344,6 +345,7 @@ def down_blocks(
     COMPUTE: tl.constexpr,
     SORTED: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -362,7 +364,7 @@ def down_blocks(
     for group in range(F // GROUP):
         act = tl.load(act_ptr + group * GROUP + act_at).to(COMPUTE)
         scale = scale_ptr + group + scale_at
-        acc = _multiply(acc, act, word_ptr, row, group, scale, F, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST)
+        acc = _multiply(acc, act, word_ptr, row, group, scale, F, ROWS, GROUP, BITS, COMPUTE, SCALE_FIRST, WIDE)
     acc += tl.load(bias_ptr + row).to(tl.float32)[None, :]
     _store(y_ptr, acc, pair, mine, column, D, index_ptr, expert, K, SORTED)
 

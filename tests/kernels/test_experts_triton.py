@@ -92,11 +92,11 @@ def test_choose_by_size() -> None:
     def names(*counts: int, dtype: torch.dtype = torch.bfloat16) -> list[str]:
         return [et.choose(tokens, 4, 32, dtype) for tokens in counts]
 
-    assert names(1, 2, 3, 16) == ["pairs", "pairs", "direct-16", "direct-16"]
+    assert names(1, 2, 4, 5, 16) == ["pairs"] * 3 + ["direct-16"] * 2
     assert names(17, 128, 129, 768, 769, 8192) == ["sorted-16"] * 2 + ["sorted-64"] * 2 + ["sorted-128"] * 2
-    assert names(1, 3, 17, dtype=torch.float32) == ["pairs", "float32-direct", "float32-sorted"]
+    assert names(1, 5, 17, dtype=torch.float32) == ["pairs", "float32-direct", "float32-sorted"]
     assert et.CONFIGS.keys() == et.CONFIGS_AMD.keys()
-    assert {et.CONFIGS[name].block_m >= 16 for name in names(3, 16)} == {True}
+    assert {et.CONFIGS[name].block_m >= 16 for name in names(5, 16)} == {True}
 
 
 def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
